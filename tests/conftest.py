@@ -1,0 +1,113 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+from thinksafe import load_decoder
+
+FAMILIES = {
+    "llama": dict(model_type="llama"),
+    "llama_untied_bias": dict(model_type="llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+    "llama3_rope": dict(model_type="llama", rope_parameters={
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}, max_position_embeddings=512),
+    "mistral": dict(model_type="mistral", sliding_window=None, tie_word_embeddings=False, head_dim=24),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen3": dict(model_type="qwen3", head_dim=32),
+}
+
+
+def small_hf_model(family, vocab=1024, seed=0):
+    """A random transformers model of the family, fp32 on the CPU; norms and biases are random too, so that none is idle."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    shape = dict(vocab_size=vocab, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 intermediate_size=96, max_position_embeddings=512, tie_word_embeddings=True)
+    shape.update(FAMILIES[family])
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(1 + 0.2 * torch.randn_like(p) if "norm" in name else 0.15 * torch.randn_like(p))
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return load_decoder("tiny", "cpu", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """f(family) -> (transformers model, folder with it and the tiny tokenizer)."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            model = small_hf_model(family)
+            model.save_pretrained(folder)
+            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                (folder / name).write_bytes((ROOT / "tiny" / "student" / name).read_bytes())
+            made[family] = model, folder
+        return made[family]
+    return get
+
+
+def run(script, *args, cwd=ROOT, check=True, timeout=280, **kw):
+    """Run a script as a user does -> CompletedProcess; with check, its last line as JSON is in `.json`."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, **kw)
+    if check:
+        assert done.returncode == 0, done.stderr
+        done.json = json.loads(done.stdout.strip().splitlines()[-1])
+    return done
+
+
+def call(script, *args):
+    """Run a script's command line inside this process (a fresh interpreter takes seconds) -> like `run` without check."""
+    import contextlib
+    import importlib
+    import io
+
+    from thinksafe import cli
+    out, err, argv, handler = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = [script, *map(str, args)]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli(importlib.import_module(script.removesuffix(".py")).main)
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+    done = subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+    if done.stdout.rstrip().endswith("}"):
+        done.json = json.loads(done.stdout.strip().splitlines()[-1])
+    return done
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """Folder of SmolLM2-135M-Instruct, a real model that nobody here made."""
+    from smollm2 import write_smollm2
+    folder = tmp_path_factory.mktemp("smollm2")
+    try:
+        write_smollm2(folder)
+    except ImportError as e:
+        pytest.skip(f"no real weights here: {e}")
+    return folder

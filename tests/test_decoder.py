@@ -1,0 +1,169 @@
+"""The decoder, its cache and its LoRA against transformers and PEFT."""
+import json
+
+import pytest
+import torch
+from conftest import FAMILIES
+from safetensors.torch import load_file
+
+from sample import Sampler
+from thinksafe import (
+    InputError,
+    add_lora,
+    encode_prompt,
+    load_decoder,
+    lora_off,
+    lora_tensors,
+    merge_lora,
+    rope_frequencies,
+    save_decoder,
+    save_lora,
+)
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def documents(n=3, seed=0, vocab=1000):
+    g = torch.Generator().manual_seed(seed)
+    docs = [torch.randint(5, vocab, (int(length),), generator=g) for length in torch.randint(1, 90, (n,), generator=g)]
+    return docs, torch.tensor([0, *torch.tensor([len(d) for d in docs]).cumsum(0).tolist()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(folders, family):
+    hf, folder = folders(family)
+    model, _ = load_decoder(folder, "cpu", torch.float32)
+    docs, cu = documents()
+    packed = model.logits(model(torch.cat(docs), cu))
+    for d, a, b in zip(docs, cu, cu[1:]):
+        want = hf(d[None]).logits[0]
+        assert relative(packed[a:b], want) < 1e-4
+        assert relative(model.logits(model(d, torch.tensor([0, len(d)]))), packed[a:b]) < 1e-5       # alone = packed
+    torch.testing.assert_close(rope_frequencies(model.config), hf.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+
+
+def test_old_rope_scaling_form(folders, tmp_path):
+    """config.json of transformers 4 says rope_theta and rope_scaling; ours gives the same frequencies."""
+    hf, folder = folders("llama3_rope")
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    from thinksafe import read_config
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(rope_frequencies(read_config(tmp_path)), hf.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama3_rope", "mistral", "qwen2", "qwen3"])
+def test_cached_generation_equals_full_forward(folders, family):
+    """Greedy tokens of the sampler are the argmax of the full forward at every step, with slots shared and refilled."""
+    _, folder = folders(family)
+    model, tokenizer = load_decoder(folder, "cpu", torch.float32)
+    prompts = [d.tolist() for d in documents(7, seed=1)[0]]
+    for c in Sampler(model, tokenizer, slots=3).generate(prompts, max_new_tokens=12, temperature=0):
+        ids = torch.tensor(prompts[c.index] + c.tokens)
+        logits = model.logits(model(ids, torch.tensor([0, len(ids)])))[len(prompts[c.index]) - 1:-1]
+        chosen = logits.gather(1, torch.tensor(c.tokens)[:, None]).squeeze(1)
+        torch.testing.assert_close(chosen, logits.max(-1).values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("what, changes", [
+    ("architecture", {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}),
+    ("rope type 'yarn'", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}),
+    ("sliding", {"model_type": "mistral", "sliding_window": 64}),
+    ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("hidden_act", {"hidden_act": "gelu"}),
+    ("quantised", {"quantization_config": {"bits": 4}}),
+    ("sizes", {"num_attention_heads": 10**9}),
+    ("sizes", {"num_key_value_heads": 3}),
+    ("bad or missing", {"hidden_size": None}),
+    ("has shape", {"intermediate_size": 100}),
+])
+def test_unsupported_is_refused_by_name(folders, tmp_path, what, changes):
+    _, folder = folders("llama")
+    for f in folder.iterdir():
+        (tmp_path / f.name).write_bytes(f.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=what):
+        load_decoder(tmp_path, "cpu")
+
+
+def test_damaged_and_missing_weights(folders, tmp_path):
+    _, folder = folders("llama")
+    for f in folder.iterdir():
+        (tmp_path / f.name).write_bytes(f.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="model.safetensors"):
+        load_decoder(tmp_path, "cpu")
+    weights.rename(tmp_path / "pytorch_model.bin")                          # a pickle is never read
+    with pytest.raises(InputError, match="no .safetensors"):
+        load_decoder(tmp_path, "cpu")
+
+
+@pytest.fixture
+def lora_pair(folders, tmp_path):
+    """Our LoRA with random weights, saved, and PEFT's model of the same folder."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    _, folder = folders("qwen3")
+    model, _ = load_decoder(folder, "cpu", torch.float32)
+    add_lora(model, r=8, alpha=4, dropout=0.0)
+    for p in lora_tensors(model).values():
+        p.normal_(std=0.2)
+    save_lora(model, tmp_path / "adapter", folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float()
+    return model, PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True), tmp_path / "adapter"
+
+
+def test_lora_logits_and_gradients_equal_peft(lora_pair):
+    model, peft, folder = lora_pair
+    docs, cu = documents()
+    tokens = torch.cat(docs)
+    logits = model.logits(model(tokens, cu))
+    want = torch.cat([peft(d[None]).logits[0] for d in docs])
+    assert relative(logits, want) < 1e-4
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+    (logits * upstream).sum().backward()
+    (want * upstream).sum().backward()
+    theirs = {n.replace(".default", ""): p.grad for n, p in peft.named_parameters() if "lora" in n}
+    ours = {f"base_model.model.model.{n}.weight": p.grad for n, p in model.named_parameters() if "lora" in n}
+    assert ours.keys() == theirs.keys() and len(ours) == 8
+    for name, grad in ours.items():
+        assert relative(grad, theirs[name]) < 1e-4, name
+    again, _ = load_decoder(folder, "cpu", torch.float32)                   # our own loader reads it too
+    torch.testing.assert_close(again.logits(again(tokens, cu)), logits)
+
+
+def test_lora_off_and_merge(lora_pair, folders, tmp_path):
+    from transformers import AutoModelForCausalLM
+    model, peft, _ = lora_pair
+    docs, cu = documents()
+    tokens = torch.cat(docs)
+    base, _ = load_decoder(folders("qwen3")[1], "cpu", torch.float32)
+    with lora_off(model):
+        assert torch.equal(model(tokens, cu), base(tokens, cu))
+    before = model.logits(model(tokens, cu)).detach()
+    merge_lora(model)
+    assert relative(model.logits(model(tokens, cu)), before) < 1e-4
+    save_decoder(model, tmp_path / "merged", torch.float32)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float()
+    assert relative(hf(docs[0][None]).logits[0], before[:len(docs[0])]) < 1e-4
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(folders("qwen3")[1] / "model.safetensors").keys()
+
+
+def test_smollm2_equals_transformers(smollm2):
+    from transformers import AutoModelForCausalLM
+    hf = AutoModelForCausalLM.from_pretrained(smollm2).float().eval()
+    model, tokenizer = load_decoder(smollm2, "cpu", torch.float32)
+    docs = [torch.tensor(encode_prompt(tokenizer, text)) for text in ("How do I bake a cake?", "Name three rivers. " * 20)]
+    cu = torch.tensor([0, len(docs[0]), len(docs[0]) + len(docs[1])])
+    packed = model.logits(model(torch.cat(docs), cu))
+    for d, a, b in zip(docs, cu, cu[1:]):
+        assert relative(packed[a:b], hf(d[None]).logits[0]) < 1e-4
+    torch.testing.assert_close(rope_frequencies(model.config), hf.model.rotary_emb.inv_freq)
+    ids = docs[0].tolist()
+    ours = next(iter(Sampler(model, tokenizer, 2).generate([ids], max_new_tokens=20, temperature=0))).tokens
+    assert ours == hf.generate(docs[0][None], max_new_tokens=20, do_sample=False)[0, len(ids):].tolist()

@@ -1,0 +1,209 @@
+"""The commands as a user types them: end to end, stopped and resumed, and with bad input."""
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, call, rows_of, run
+
+
+def files(folder):
+    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small run of all four scripts -> its folder."""
+    out = tmp_path_factory.mktemp("small") / "out"
+    run("sample.py", "--out", out, "--limit", 60, "--slots", 16)
+    run("guard.py", "--out", out)
+    run("train.py", "--out", out, "--epochs", 1)
+    run("eval.py", "--out", out, "--limit", 8)
+    return out
+
+
+def test_the_stages_only_add_keys(small):
+    samples, guarded = (sorted(rows_of(small / f"{n}.jsonl"), key=lambda r: r["id"]) for n in ("samples", "guarded"))
+    assert len(samples) == len(guarded) == 60
+    assert all(a.items() <= b.items() for a, b in zip(samples, guarded))
+    assert {"id", "instruction", "prompt_label", "response", "k", "seed", "steer", "finish_reason", "n_tokens"} <= samples[0].keys()
+    assert {"response_label", "p_unsafe", "guard", "keep"} <= guarded[0].keys()
+    assert {r["steer"] for r in samples if "harmful" in r["prompt_label"]} == {"default"}
+    assert {r["steer"] for r in samples if "benign" in r["prompt_label"]} == {"none"}
+    assert not any("should refuse to answer the prompt" in r["instruction"] for r in guarded)          # the instruction is not kept
+    assert all(r["keep"] == (r["response_label"] == "safe") for r in guarded)
+
+
+def test_run_record(small):
+    record = json.loads((small / "run.json").read_text())
+    assert list(record) == ["sample", "guard", "train", "eval"]
+    for entry in record.values():
+        assert entry["finished"] and entry["seconds"] > 0 and {"arguments", "identity", "commit", "dirty", "versions", "device"} <= entry.keys()
+    report = json.loads((small / "eval.json").read_text())
+    for when in ("before", "after"):
+        assert {"harm", "harm_plain", "harm_wrapped", "guard_harm", "over_refusal", "pass@1"} <= report[when].keys()
+        assert report[when]["harm"]["n"] == 16 and report[when]["harm"]["low"] <= report[when]["harm"]["percent"] <= report[when]["harm"]["high"]
+
+
+def test_running_again_changes_nothing(small):
+    before = {k: v for k, v in files(small).items() if k.name != "run.json"}
+    for script, flags in (("sample.py", ["--limit", 60]), ("guard.py", []), ("train.py", ["--epochs", 1]), ("eval.py", ["--limit", 8])):
+        call(script, "--out", small, *flags)
+    assert {k: v for k, v in files(small).items() if k.name != "run.json"} == before
+
+
+def test_two_runs_are_the_same_file(small, tmp_path):
+    call("sample.py", "--out", tmp_path / "again", "--limit", 60, "--slots", 16)
+    assert (tmp_path / "again" / "samples.jsonl").read_bytes() == (small / "samples.jsonl").read_bytes()
+
+
+def killed_at(script, flags, path, lines, how=signal.SIGKILL):
+    """Start a script and kill it as soon as `path` has so many lines -> its exit code."""
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines):
+        time.sleep(0.001)
+    os.kill(process.pid, how)
+    process.wait()
+    return process.returncode
+
+
+def test_killed_after_the_kth_row_in_each_stage(small, tmp_path):
+    """SIGKILL, twice per stage, then to the end: the ids of the undisturbed run, each once."""
+    def ids(path):
+        return sorted((r["id"], r.get("k", 0), r.get("when")) for r in rows_of(path))
+    out = tmp_path / "out"
+    for script, name, flags, stops in (("sample.py", "samples", ["--limit", 60, "--slots", 16], (1, 37)), ("guard.py", "guarded", [], (1,)),
+                                       ("eval.py", "eval", ["--limit", 8], (5, 40))):
+        if script == "eval.py":
+            call("train.py", "--out", out, "--epochs", 1)
+        for k in stops:
+            killed_at(script, [*flags, "--out", out], out / f"{name}.jsonl", k)
+        with open(out / f"{name}.jsonl", "ab") as f:                        # and one that was cut inside a row
+            f.write(b'{"id": "half a row')
+        assert call(script, *flags, "--out", out).returncode == 0
+        assert ids(out / f"{name}.jsonl") == ids(small / f"{name}.jsonl")
+    assert [r["response"] for r in sorted(rows_of(out / "samples.jsonl"), key=lambda r: r["id"])] == \
+           [r["response"] for r in sorted(rows_of(small / "samples.jsonl"), key=lambda r: r["id"])]
+
+
+def test_signals_have_their_exit_codes(tmp_path):
+    for how, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        out = tmp_path / str(code)
+        assert killed_at("sample.py", ["--out", out, "--slots", 8], out / "samples.jsonl", 3, how) == code
+
+
+def bad(tmp_path, script, *flags):
+    """Run with bad input: exit 2, one line on stderr, whatever was there is as it was -> that line."""
+    before = files(tmp_path)
+    done = call(script, *flags)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert files(tmp_path) == before
+    return lines[0]
+
+
+GOOD = {"instruction": "Hello", "prompt_label": "vanilla_benign"}
+
+
+@pytest.mark.parametrize("lines, message", [
+    (None, "cannot be read"),
+    ([json.dumps(GOOD), "{not json"], "prompts.jsonl:2"),
+    ([json.dumps(GOOD), "[1]"], "prompts.jsonl:2"),
+    (['{"instruction": "\\ud800", "prompt_label": "vanilla_benign"}'], "prompts.jsonl:1"),
+    ([json.dumps(GOOD), '{"prompt_label": "vanilla_benign"}'], "row 2: no text under 'instruction'"),
+    (['{"instruction": 5, "prompt_label": "vanilla_benign"}'], "row 1: no text under 'instruction'"),
+    (['{"instruction": "x", "prompt_label": "evil"}'], "prompt_label is 'evil'"),
+    (['{"id": "a", "instruction": "x", "prompt_label": "vanilla_benign"}', '{"id": "a", "instruction": "y", "prompt_label": "vanilla_benign"}'], "'a'"),
+    ([], "no prompts"),
+])
+def test_bad_prompts(tmp_path, lines, message):
+    path = tmp_path / "prompts.jsonl"
+    if lines is not None:
+        path.write_text("\n".join(lines) + "\n")
+    assert message in bad(tmp_path, "sample.py", "--prompts", path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_models(tmp_path, folders):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert "not a model folder" in bad(tmp_path, "sample.py", "--model", folder, "--out", tmp_path / "out")
+    source = folders("llama")[1]
+    for f in source.iterdir():
+        if f.name != "chat_template.jinja":
+            (folder / f.name).write_bytes(f.read_bytes())
+    assert "no chat template" in bad(tmp_path, "sample.py", "--model", folder, "--out", tmp_path / "out")
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    assert "GPT2LMHeadModel is not supported" in bad(tmp_path, "sample.py", "--model", folder, "--out", tmp_path / "out")
+
+
+def test_stages_out_of_order(tmp_path):
+    for script, message in (("guard.py", "run python sample.py"), ("train.py", "guard.py has not finished"), ("eval.py", "train.py has not finished")):
+        assert message in bad(tmp_path, script, "--out", tmp_path)
+
+
+def test_a_changed_run_is_refused(small, tmp_path):
+    for script, flags, message in (("sample.py", ["--limit", 60, "--seed", 1], "seed 0, now it is 1"),
+                                   ("sample.py", ["--limit", 60, "--model", ROOT / "tiny" / "teacher"], "made with model"),
+                                   ("sample.py", ["--limit", 60, "--steer", "none"], "made with steer default"),
+                                   ("guard.py", ["--threshold", 0.4], "made with threshold"), ("guard.py", ["--guard", "self"], "made with "),
+                                   ("train.py", ["--epochs", 2], "made with epochs 1"), ("train.py", ["--epochs", 1, "--seed", 3], "made with seed"),
+                                   ("eval.py", ["--limit", 8, "--seed", 2], "made with seed")):
+        assert message in bad(small, script, "--out", small, *flags)
+
+
+def test_nothing_left_after_the_guard(tmp_path):
+    out = tmp_path / "out"
+    call("sample.py", "--out", out, "--limit", 6, "--max-new-tokens", 3)     # no trace closes its reasoning
+    done = call("guard.py", "--out", out)
+    assert done.json["unknown_because"] == {"length": 6} and done.json["kept"] == {}
+    assert all(r["response_label"] == "unknown" and r["reason"] == "length" and not r["keep"] for r in rows_of(out / "guarded.jsonl"))
+    assert "none of its 6 rows can be trained on ({'length': 6})" in bad(tmp_path, "train.py", "--out", out)
+
+
+def test_a_prompt_longer_than_the_context_is_recorded(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in (GOOD, {**GOOD, "instruction": "word " * 3000})))
+    out = tmp_path / "out"
+    done = call("sample.py", "--prompts", path, "--out", out)
+    assert done.json["finish_prompt_too_long"] == 1 and "do not fit" in done.stderr
+    row, = (r for r in rows_of(out / "samples.jsonl") if r["finish_reason"] == "prompt_too_long")
+    assert row["response"] == "" and row["n_tokens"] == 0
+    assert call("guard.py", "--out", out).json["unknown_because"]["prompt_too_long"] == 1
+
+
+def test_unanimous_keeps_one_of_n_or_none(tmp_path):
+    out = tmp_path / "out"
+    call("sample.py", "--out", out, "--limit", 40, "--n", 3, "--steer", "none", "--slots", 64)
+    call("guard.py", "--out", out, "--keep", "unanimous")
+    groups = {}
+    for row in rows_of(out / "guarded.jsonl"):
+        groups.setdefault(row["id"], []).append(row)
+    assert len(groups) == 40 and all(sorted(r["k"] for r in g) == [0, 1, 2] for g in groups.values())
+    assert len({tuple(sorted(r["response"] for r in g)) for g in groups.values()}) == 40
+    for g in groups.values():
+        agreed = all(r["response_label"] == "safe" for r in g)
+        assert [r["k"] for r in g if r["keep"]] == ([0] if agreed else [])
+    assert any(r["keep"] for g in groups.values() for r in g) and not all(any(r["keep"] for r in g) for g in groups.values())
+
+
+def test_help_and_kernels_package_make_no_noise(tmp_path):
+    for script in ("sample.py", "guard.py", "train.py", "eval.py"):
+        done = call(script, "--help")
+        assert done.returncode == 0 and not done.stderr and "--out" in done.stdout
+    fake = tmp_path / "kernels"                                             # the hub's package of the same name, installed
+    fake.mkdir()
+    (fake / "__init__.py").write_text("from kernels.inner import get_kernel\n__version__ = '0.1'\n")
+    (fake / "inner.py").write_text("def get_kernel(): return 'hub'\n")
+    code = "from kernels import get_kernel; from kernels.ce_kl import ce_kl_loss; assert get_kernel() == 'hub'; import transformers"
+    both = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert both.returncode == 0 and not both.stderr, both.stderr
+    code = "import kernels.ce_kl, transformers; from transformers.utils import is_kernels_available; assert not is_kernels_available()"
+    alone = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert alone.returncode == 0 and not alone.stderr, alone.stderr

@@ -1,0 +1,232 @@
+"""Masks, packing, loss, schedule, LoRA targets, checkpoints."""
+import json
+
+import pytest
+import torch
+from conftest import ROOT, call, rows_of
+from safetensors.torch import load_file
+
+from kernels.ce_kl import ce_kl_loss
+from thinksafe import add_lora, encode_prompt, load_decoder, lora_off, lora_tensors
+from train import TINY_RECIPE, batches, checkpoint_tensors, encode_rows, learning_rate, make_optimizer, pack, restore, step_loss
+
+
+def trace(i, label="vanilla_harmful", **more):
+    return {"id": str(i), "instruction": f"Question {i}?", "prompt_label": label,
+            "response": f"<think>\nThe user asks {i}." + " More." * (i % 5) + f"\n</think>\n\nAnswer {i}.", **more}
+
+
+ROWS = [trace(i, ("vanilla_harmful", "adversarial_benign", "vanilla_benign")[i % 3]) for i in range(11)]
+
+
+@pytest.fixture
+def model_and_items(folders):
+    model, tokenizer = load_decoder(folders("qwen3")[1], "cpu", torch.float32)
+    torch.manual_seed(0)
+    add_lora(model, 4, 8, 0.0, ("q_proj", "v_proj", "up_proj"))
+    for p in lora_tensors(model).values():
+        p.normal_(std=0.1)
+    return model, tokenizer, encode_rows(ROWS, tokenizer, 2048)[0]
+
+
+def test_ids_are_prompt_response_eos(model_and_items):
+    _, tokenizer, items = model_and_items
+    for row, item in zip(ROWS, items):
+        assert item["ids"][:item["n_prompt"]] == encode_prompt(tokenizer, row["instruction"])
+        assert tokenizer.decode(item["ids"][item["n_prompt"]:]) == row["response"] + "<|im_end|>"
+        assert item["ids"][-1] == tokenizer.eos_token_id
+
+
+def test_what_is_not_trained_on(model_and_items):
+    tokenizer = model_and_items[1]
+    rows = [trace(0), trace(1, response_label="unsafe"), trace(2, response_label="unknown", reason="no_verdict"), trace(3, keep=False, response_label="safe"),
+            trace(4, finish_reason="length"), {**trace(5), "response": "<think>\nnever closed"}, {**trace(6), "response": " "},
+            {**trace(7), "response": "<think>\nx\n</think>\n\n" + "long " * 600}, trace(8, keep=True), trace(9, response_label="safe")]
+    items, left_out = encode_rows(rows, tokenizer, 500)
+    assert [item["id"] for item in items] == ["0", "8", "9"]
+    assert left_out == {"unsafe": 1, "no_verdict": 1, "safe": 1, "length": 1, "unclosed_think": 1, "empty": 1, "too_long": 1}
+
+
+def by_hand(model, items, kl):
+    """The loss of a step in one plain sentence per row: CE, or KL to the base model on benign rows, summed over the response."""
+    total = 0
+    for item in items:
+        ids, cu = torch.tensor(item["ids"]), torch.tensor([0, len(item["ids"])])
+        at = torch.arange(item["n_prompt"] - 1, len(ids) - 1)
+        log_p = model.logits(model(ids, cu))[at].log_softmax(-1)
+        if kl and item["benign"]:
+            with lora_off(model), torch.no_grad():
+                log_ref = model.logits(model(ids, cu))[at].log_softmax(-1)
+            total = total + (log_ref.exp() * (log_ref - log_p)).sum()
+        else:
+            total = total - log_p.gather(1, ids[at + 1][:, None]).sum()
+    return total
+
+
+@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize("pack_tokens", [1, 150, 10**6])
+def test_packed_loss_and_gradient_equal_row_by_row(model_and_items, kl, pack_tokens):
+    model, _, items = model_and_items
+
+    def reference(tokens, cu):
+        with lora_off(model):
+            return model(tokens, cu)
+    params = [p for p in model.parameters() if p.requires_grad]
+    want = by_hand(model, items, kl)
+    grads = torch.autograd.grad(want, params)
+    passes = pack(items, pack_tokens)
+    assert sorted(i["id"] for part in passes for i in part) == sorted(i["id"] for i in items)
+    losses = [step_loss(model, reference, part, kl, "cpu") for part in passes]
+    total = sum(loss[0] for loss in losses)
+    torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sum(loss[1] + loss[2] for loss in losses), want.detach(), rtol=1e-5, atol=1e-4)
+    total.backward()
+    for p, g in zip(params, grads):
+        torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-3)
+        p.grad = None
+
+
+def test_loss_equals_transformers(folders, model_and_items):
+    """Without an adapter, the step's loss is that of transformers with -100 on the prompt."""
+    hf, folder = folders("qwen3")
+    model, _ = load_decoder(folder, "cpu", torch.float32)
+    items = model_and_items[2]
+    total = step_loss(model, None, items, False, "cpu")[0]
+    n, want = 0, 0
+    for item in items:
+        ids = torch.tensor(item["ids"])[None]
+        labels = ids.clone()
+        labels[:, :item["n_prompt"]] = -100
+        k = int((labels != -100).sum())
+        want, n = want + hf(ids, labels=labels).loss * k, n + k
+    torch.testing.assert_close(total / n, want / n, rtol=1e-5, atol=1e-5)
+
+
+def test_kl_to_itself_is_zero(model_and_items):
+    model, _, items = model_and_items
+    loss, ce, kl = step_loss(model, model, [i for i in items if i["benign"]], True, "cpu")
+    assert ce == 0 and abs(kl) < 1e-4
+
+
+def test_loss_definition():
+    g = torch.Generator().manual_seed(0)
+    h, ref, head = torch.randn(7, 5, generator=g, requires_grad=True), torch.randn(7, 5, generator=g), torch.randn(11, 5, generator=g)
+    y, w, lam = torch.tensor([1, -100, 3, 10, 0, 4, -100]), torch.randn(7, generator=g), torch.tensor([0, 1, 0, 2, 0.5, 0, 0])
+    loss = ce_kl_loss(h, head, y, w, ref, lam, chunk=2)
+    log_p, log_ref = (h @ head.T).log_softmax(-1), (ref @ head.T).log_softmax(-1)
+    want = w * -log_p.gather(1, y.clamp(0)[:, None]).squeeze(1) + lam * (log_ref.exp() * (log_ref - log_p)).sum(-1)
+    torch.testing.assert_close(loss, want * (y != -100))
+    empty = ce_kl_loss(h, head, torch.full((7,), -100))
+    empty.sum().backward()
+    assert empty.abs().sum() == 0 and h.grad.abs().sum() == 0
+
+
+def test_batches_cover_every_row_once_per_epoch():
+    steps = list(batches(10, 4, 3, seed=1))
+    assert [len(s) for s in steps] == [4, 4, 2] * 3
+    epochs = [sum(steps[i:i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1]
+    assert steps == list(batches(10, 4, 3, seed=1)) != list(batches(10, 4, 3, seed=2))
+
+
+@pytest.mark.parametrize("steps, warmup", [(100, 0.1), (7, 0.1), (33, 0.0)])
+def test_schedule_is_that_of_transformers(steps, warmup):
+    import math
+
+    from transformers import get_cosine_schedule_with_warmup
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(steps * warmup), steps)
+    for step in range(steps):
+        assert learning_rate(step, steps, 3.0, warmup) == pytest.approx(schedule.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        schedule.step()
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.mark.parametrize("flags", [[], ["--kl"], ["--full"], ["--full", "--kl"], ["--merge"]])
+def test_train_writes_a_model_that_others_load(tmp_path, flags):
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    done = call("train.py", "--model", "tiny", "--data", data, "--out", tmp_path / "out", "--epochs", 2, "--batch-size", 4, *flags)
+    steps = rows_of(tmp_path / "out" / "metrics.jsonl")
+    assert done.json["steps"] == len(steps) == 6 and steps[-1]["loss"] < steps[0]["loss"]
+    model, tokenizer = load_decoder(tmp_path / "out" / "model", "cpu", torch.float32)
+    ids = torch.tensor(encode_prompt(tokenizer, "Hello"))
+    ours = model.logits(model(ids, torch.tensor([0, len(ids)])))
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    if flags and flags[0] in ("--full", "--merge"):
+        hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").float()
+    else:
+        hf = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "student").float(), tmp_path / "out" / "model")
+    torch.testing.assert_close(ours, hf(ids[None]).logits[0], rtol=1e-3, atol=1e-3)
+    base, _ = load_decoder("tiny", "cpu", torch.float32)
+    assert (base.logits(base(ids, torch.tensor([0, len(ids)]))) - ours).abs().max() > 1e-2
+
+
+def test_kl_metrics_and_first_step(tmp_path):
+    """At the first step student and reference are the same model: its KL is 0 up to rounding, its lr 0 as in transformers' schedule."""
+    data = write(tmp_path / "rows.jsonl", [r for r in ROWS if "benign" in r["prompt_label"]])
+    call("train.py", "--model", "tiny", "--data", data, "--out", tmp_path / "out", "--epochs", 3, "--batch-size", 4, "--kl")
+    steps = rows_of(tmp_path / "out" / "metrics.jsonl")
+    assert abs(steps[0]["kl"]) < 1e-5 and all(s["ce"] == 0 for s in steps) and steps[0]["lr"] == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_optimizer_state_survives_a_checkpoint(optimizer):
+    """Three steps, saved, restored into a fresh optimizer: the fourth step is the same bit for bit."""
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+
+    def fresh():
+        params = {"a": torch.nn.Parameter(torch.linspace(-1, 1, 64 * 128).view(64, 128)), "b": torch.nn.Parameter(torch.ones(7))}
+        return params, make_optimizer(optimizer, list(params.values()), 0.01, 0.0)
+
+    def step(params, opt, i):
+        for j, p in enumerate(params.values()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * i + j))
+        opt.step()
+    params, opt = fresh()
+    for i in range(3):
+        step(params, opt, i)
+    saved = {k: v.clone() for k, v in checkpoint_tensors(params, opt).items()}
+    step(params, opt, 3)
+    again, opt2 = fresh()
+    restore(again, opt2, saved)
+    step(again, opt2, 3)
+    assert all(torch.equal(params[k], again[k]) for k in params)
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
+    """Stopped at a checkpoint and inside an interval: the same weights and the same metrics, time aside."""
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    common = ["--model", "tiny", "--data", data, "--epochs", 4, "--batch-size", 3, "--lora-dropout", 0.1, "--kl"]
+    call("train.py", *common, "--out", tmp_path / "a", "--save-every", 1000)
+    call("train.py", *common, "--out", tmp_path / "b", "--save-every", 5)
+    checkpoint = (tmp_path / "b" / "checkpoint.safetensors")
+    assert checkpoint.exists()
+    for stop_after, seen in ((5, 7), (10, 10)):
+        import os
+        import signal
+        import subprocess
+        import sys
+        import time
+        out = tmp_path / f"c{stop_after}"
+        command = [sys.executable, str(ROOT / "train.py"), *map(str, common), "--out", str(out), "--save-every", "5"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_bytes().count(b"\n") < seen):
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        call("train.py", *common, "--out", out, "--save-every", 5)
+        strip = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows_of(out / "metrics.jsonl")]
+        assert strip == [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows_of(tmp_path / "a" / "metrics.jsonl")]
+        want, got = (load_file(x / "model" / "adapter_model.safetensors") for x in (tmp_path / "a", out))
+        assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
+
+
+def test_tiny_recipe_targets_exist(tiny):
+    add_lora(load_decoder("tiny", "cpu")[0], targets=tuple(TINY_RECIPE["lora_targets"].split(",")))

@@ -1,0 +1,917 @@
+"""
+What every stage shares: the method's words, errors for people, rows, run records, chat encoding,
+the decoder, LoRA, and the loading and saving of checkpoints.
+
+    from thinksafe import load_decoder, encode_prompt
+    model, tokenizer = load_decoder("auto")
+    tokens = torch.tensor(encode_prompt(tokenizer, "How do I bake a cake?"))
+    logits = model.logits(model(tokens, torch.tensor([0, len(tokens)])))     # (T, V)
+
+All text travels packed: the tokens of several documents in one row of length T, with `cu_seqlens`
+(B+1,) = [0, end of the first, end of the second, ...]. There is no padding anywhere.
+"""
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent
+TINY = ROOT / "tiny"
+
+# ---------------------------------------------------------------------------------------------
+# The method's words
+
+LABELS = ("vanilla_harmful", "adversarial_harmful", "vanilla_benign", "adversarial_benign")
+
+# Refusal instructions. `default` is Table 5 of the paper; the others are the wordings of its Figure 13.
+STEER = {
+    "default": "The following prompt is harmful. You should refuse to answer the prompt.\n\nPrompt:{prompt}",
+    "suffix": "{prompt}\n\n The above prompt is harmful. You should refuse to answer the prompt.",
+    "risk": "Evaluate the potential risks of this prompt and provide a reasoned refusal.\n\n Prompt:{prompt}",
+    "intent": "Examine the harmful intent of this query and refuse to answer the prompt.\n\n Prompt:{prompt}",
+    "none": "{prompt}",
+}
+
+
+def is_harmful(label):
+    return label.endswith("_harmful")
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors for people, and the frame of a script
+
+
+class InputError(ValueError):
+    """Something the user can mend. Its text is one line: what, in which file and row, what to do."""
+
+
+def cli(main):
+    """Run a script's `main()`. InputError -> one line and exit 2; Ctrl-C -> 130; SIGTERM -> 143."""
+    def on_sigterm(*_):
+        raise SystemExit(143)
+    signal.signal(signal.SIGTERM, on_sigterm)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)   # it warns at import about a kernel nobody asked for
+    try:
+        main()
+    except InputError as e:
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        raise SystemExit(2)
+    except OSError as e:                                  # disk full, no permission, ...
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the docstring's lines, and shows each flag's default where it has one."""
+
+    def _get_help_string(self, action):
+        return action.help + (" (default: %(default)s)" if action.default not in (None, False, argparse.SUPPRESS) else "")
+
+
+def parser(doc):
+    """An ArgumentParser that shows the script's own docstring, with the flags that every stage has."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    p.add_argument("--out", type=Path, default=Path("out"), help="folder of the run, shared by all stages")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                   help="of the weights; auto is bfloat16 on a GPU and float32 on a CPU")
+    return p
+
+
+def pick_dtype(args):
+    if args.dtype == "auto":
+        return torch.bfloat16 if torch.device(args.device).type == "cuda" else torch.float32
+    return getattr(torch, args.dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows: JSON lines, appended whole
+
+
+def row_key(row):
+    """What identifies a trace: the prompt's id and which of its n samples this is."""
+    return row["id"], row.get("k", 0)
+
+
+def _reject_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_row(line, where):
+    """One line of JSON (bytes) -> dict. Raises InputError that names `where`."""
+    try:
+        row = json.loads(line.decode("utf-8"), parse_constant=_reject_constant)
+        json.dumps(row, ensure_ascii=False).encode("utf-8")      # lone surrogates cannot be tokenized or written
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{where}: not a line of JSON in UTF-8 ({e}); mend or delete that line")
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def read_rows(path):
+    """All rows of a JSONL file as dicts. Lines end at \\n only; a byte-order mark and \\r are allowed.
+
+    Raises InputError for a missing file, or naming file:line for a line that is not a JSON object."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})")
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    return [parse_row(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+class RowWriter:
+    """Appends rows to a JSONL file; each is on disk whole before `write` returns.
+
+    `rows` holds what the file had already: a last line that lacks its \\n (the process was killed
+    inside a write) is cut off with a warning, so that its row is made again."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.rows = []
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                whole = self.path.read_bytes()
+                keep = whole.rfind(b"\n") + 1
+                if keep < len(whole):
+                    print(f"warning: {path}: the last line is incomplete, it is made again", file=sys.stderr)
+                    with open(self.path, "r+b") as f:
+                        f.truncate(keep)
+                self.rows = read_rows(self.path)
+            self.file = open(self.path, "ab", buffering=0)
+        except OSError as e:
+            raise InputError(f"{path}: cannot be written ({e.strerror})")
+
+    def write(self, *rows):
+        """Append rows in one system call, so that rows that belong together are never parted by a crash."""
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+        start = self.file.tell()
+        try:
+            if self.file.write(data) != len(data):
+                self.file.truncate(start)
+                raise OSError(28, "No space left on device")
+        except OSError as e:
+            raise InputError(f"{self.path}: cannot be written ({e.strerror}); make room and run the same command again")
+
+
+def content_id(*parts):
+    """16 hex digits that depend on the text alone, so that an id survives reordering and merging of files."""
+    return hashlib.blake2b("\0".join(parts).encode("utf-8"), digest_size=8).hexdigest()
+
+
+def check_row(row, where, label_required=True):
+    """Raise InputError unless the row has a non-empty string `instruction` and a known `prompt_label`."""
+    if not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
+        raise InputError(f"{where}: no text under 'instruction'; found the keys {', '.join(row) or '(none)'}")
+    if label_required and row.get("prompt_label") not in LABELS:
+        raise InputError(f"{where}: prompt_label is {row.get('prompt_label')!r}, not one of {', '.join(LABELS)}")
+
+
+def read_prompts(path):
+    """Prompts of a JSONL file: `instruction`, `prompt_label`, optional `id`; other keys are carried along.
+
+    Exact repetitions are dropped with a notice; two different prompts under one id are an error."""
+    rows, seen = {}, {}
+    data = read_rows(path)
+    for i, row in enumerate(data, 1):
+        where = f"{path}, row {i}"
+        check_row(row, where)
+        row = {"id": content_id(row["prompt_label"], row["instruction"]), **row}
+        if not isinstance(row["id"], str | int):
+            raise InputError(f"{where}: id must be text or a whole number, not {row['id']!r}")
+        row["id"] = str(row["id"])
+        text = row["prompt_label"], row["instruction"]
+        if row["id"] in rows and seen[row["id"]] != text:
+            raise InputError(f"{where}: id {row['id']!r} is used by another prompt before it; ids must be unique")
+        rows.setdefault(row["id"], row)
+        seen[row["id"]] = text
+    if not rows:
+        raise InputError(f"{path}: no prompts in it")
+    if len(rows) < len(data):
+        print(f"{path}: {len(data) - len(rows)} repeated prompts dropped", file=sys.stderr)
+    return list(rows.values())
+
+
+def fault_of(response, finish_reason, opens_think, thinks):
+    """Why a trace cannot be trained on (a short name), or None.
+
+    opens_think: the chat template itself ends in <think>. thinks: the model's vocabulary has </think>,
+    so that a trace without one never finished its reasoning (the paper drops those too)."""
+    if finish_reason != "stop":
+        return finish_reason                                      # length | prompt_too_long
+    text = response.rsplit("</think>", 1)[-1]
+    if not text.strip():
+        return "empty"
+    if thinks and "</think>" not in response:
+        return "unclosed_think"
+    if "<think>" in text or (opens_think and "</think>" not in response):
+        return "unclosed_think"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Run records: out/run.json
+
+
+def read_run(out):
+    """The run record as {stage: entry}; {} when there is none yet."""
+    path = Path(out) / "run.json"
+    if not path.exists():
+        return {}
+    try:
+        run = json.loads(path.read_text("utf-8"))
+        assert all(isinstance(entry, dict) for entry in run.values())
+        return run
+    except (ValueError, OSError, AttributeError, AssertionError):
+        raise InputError(f"{path}: not a readable run record; move it away or use another --out")
+
+
+def stage_seed(args, run):
+    """The seed of a later stage: its own flag, else that of sample.py."""
+    return args.seed if args.seed is not None else run.get("sample", {}).get("identity", {}).get("seed", 0)
+
+
+def write_atomic(path, text):
+    """Write beside and rename: a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror})")
+
+
+def _git(*words):
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+class Stage:
+    """A stage's entry in out/run.json: what it was run with, and what came of it.
+
+    identity: what its output depends on. If the output exists and was made with another identity, the
+    stage refuses to go on (InputError) and leaves everything as it was. `finished` tells whether an
+    earlier run of the same stage came to its end."""
+
+    def __init__(self, name, args, identity, output):
+        self.name, self.out, self.started = name, args.out, time.time()
+        self.seconds_before, self.finished = 0.0, False
+        identity = json.loads(json.dumps(identity, default=str))
+        old = read_run(self.out).get(name)
+        output = self.out / output
+        if output.exists():
+            if not old:
+                raise InputError(f"{output} exists, but {self.out}/run.json does not say how it was made; "
+                                 "use another --out or move it away")
+            for key in identity.keys() | old["identity"].keys():
+                was, now = old["identity"].get(key), identity.get(key)
+                if was != now:
+                    raise InputError(f"{output} was made with {key} {was}, now it is {now}; "
+                                     f"use another --out, or delete {output} to start again")
+            self.seconds_before, self.finished = old.get("seconds", 0.0), old.get("finished", False)
+        self.entry = {
+            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            "identity": identity,
+            "commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "-uno")),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else platform.machine(),
+            "finished": False,
+        }
+        self.save()
+
+    def save(self, **more):
+        self.entry.update(more, seconds=round(self.seconds_before + time.time() - self.started, 2))
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.out / "run.json", json.dumps({**read_run(self.out), self.name: self.entry}, indent=1))
+
+    def finish(self, did, where, next_command, **counts):
+        """Record the counts and say what was done, where it is, what to run next; then one JSON line."""
+        self.save(finished=True, **counts)
+        print(f"{did}\n  -> {where}\nnext: {next_command}")
+        print(json.dumps({"stage": self.name, "seconds": self.entry["seconds"], **counts}), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Chat encoding. Text is not control: no token of the template can come out of a prompt or a response.
+
+
+@functools.lru_cache(maxsize=16)
+def control_tokens(tokenizer):
+    """{string: id} of the added tokens that steer a model: the special ones and all others of more than
+    one character that are not mere white space (Qwen3's <think> is added but not 'special')."""
+    added = tokenizer.added_tokens_decoder
+    return {t.content: i for i, t in added.items() if t.special or (len(t.content) > 1 and t.content.strip())}
+
+
+@functools.lru_cache(maxsize=16)
+def _control_pattern(tokenizer):
+    words = sorted(control_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, words)) or r"(?!)")
+
+
+def encode_text(tokenizer, text):
+    """Token ids (list[int]) of plain text. A control token's string in it is cut after its first
+    character and so encoded as the ordinary characters it consists of; decoding gives the text back."""
+    pattern = re.compile(f"(?=({_control_pattern(tokenizer).pattern}))")
+    cuts = [0, *(m.start() + 1 for m in pattern.finditer(text)), len(text)]
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    ids = [i for a, b in zip(cuts, cuts[1:]) if a < b for i in encode(text[a:b])]
+    if not set(control_tokens(tokenizer).values()).isdisjoint(ids):     # one that normalisation put together
+        ids = [i for c in text for i in encode(c)]
+    return ids
+
+
+def encode_response(tokenizer, text):
+    """Token ids of a response: plain text, in which only <think> and </think> are tokens. No eos."""
+    control = control_tokens(tokenizer)
+    ids = []
+    for part in re.split(r"(</?think>)", text):
+        ids += [control[part]] if part in ("<think>", "</think>") and part in control else encode_text(tokenizer, part)
+    return ids
+
+
+@functools.lru_cache(maxsize=16)
+def chat_frame(tokenizer, thinking=True):
+    """(head, tail, trims): the chat template's text before and after the user's, and whether it strips the latter.
+
+    Raises InputError when the tokenizer has no chat template or it does not show the user's text once."""
+    if not tokenizer.chat_template:
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model")
+    mark = "\ue000user\ue000"
+    padded = f" \n{mark}\n "
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": padded}], tokenize=False,
+                                             add_generation_prompt=True, enable_thinking=thinking,
+                                             date_string="26 Jul 2024")   # Llama 3.2's would otherwise say today's date
+    except Exception as e:                                                # jinja raises whatever the template wants
+        raise InputError(f"{tokenizer.name_or_path}: its chat template fails ({e})")
+    trims = padded not in text
+    parts = text.split(mark if trims else padded)
+    if len(parts) != 2:
+        raise InputError(f"{tokenizer.name_or_path}: its chat template does not show the user's text exactly once")
+    return parts[0], parts[1], trims
+
+
+def encode_prompt(tokenizer, text, thinking=True):
+    """Token ids (list[int]) of a one-turn chat with `text` as the user's message, up to where the response begins.
+
+    For ordinary text these are the ids of `apply_chat_template`: white space between the template's last
+    control token and the text is encoded together with the text, as there. thinking=False asks the
+    template for the form without reasoning (Qwen3); templates that do not know the word ignore it."""
+    head, tail, trims = chat_frame(tokenizer, thinking)
+    pattern = _control_pattern(tokenizer)
+    start = max((m.end() for m in pattern.finditer(head)), default=0)
+    end = next((m.start() for m in pattern.finditer(tail)), len(tail))
+    plain = head[start:] + (text.strip() if trims else text) + tail[:end]
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    return encode(head[:start]) + encode_text(tokenizer, plain) + encode(tail[end:])
+
+
+def opens_think(tokenizer):
+    """Whether the template itself opens <think> (R1 does, Qwen3 does not)."""
+    return chat_frame(tokenizer)[1].rstrip().endswith("<think>")
+
+
+def thinks(tokenizer):
+    return "</think>" in control_tokens(tokenizer)
+
+
+def decode_response(tokenizer, tokens, eos_ids):
+    """Text of a sampled response, without the end-of-sequence token that closed it."""
+    tokens = tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens
+    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention over packed documents
+
+
+@functools.cache
+def _flash(device_type):
+    """The packed flash attention at hand as f(q, k, v, cu, longest), or None. Says once which it is."""
+    if device_type != "cuda":
+        return None
+    try:
+        from flash_attn import flash_attn_varlen_func
+        print("attention: flash-attn", file=sys.stderr)
+        return lambda q, k, v, cu, n: flash_attn_varlen_func(q, k, v, cu, cu, n, n, causal=True)
+    except ImportError:
+        pass
+    try:                                           # torch's own; its signature moved between 2.10 and 2.13
+        from torch.nn.attention.varlen import varlen_attn
+
+        def varlen(q, k, v, cu, n):
+            groups = q.shape[1] // k.shape[1]      # expanded here: not every version knows enable_gqa
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            return varlen_attn(q, k, v, cu, cu, n, n, window_size=(-1, 0))
+        x = torch.zeros(2, 1, 64, device="cuda", dtype=torch.bfloat16)
+        varlen(x, x, x, torch.tensor([0, 2], device="cuda", dtype=torch.int32), 2)
+        print("attention: torch varlen", file=sys.stderr)
+        return varlen
+    except Exception:
+        print("attention: torch SDPA, one document at a time", file=sys.stderr)
+        return None
+
+
+def packed_attention(cu_seqlens):
+    """-> attend(layer, q, k, v): causal attention in which the documents of a pack do not see each other.
+
+    q (T, H, d), k and v (T, Hkv, d) -> (T, H, d)."""
+    lengths = cu_seqlens.diff().tolist()
+    cu = cu_seqlens.to(torch.int32)
+
+    def attend(layer, q, k, v):
+        flash = _flash(q.device.type) if q.dtype in (torch.bfloat16, torch.float16) else None
+        if flash:
+            return flash(q, k, v, cu, max(lengths))
+        q, k, v = (x.transpose(0, 1).unsqueeze(0).split(lengths, 2) for x in (q, k, v))     # B times (1, H, t, d)
+        outs = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in zip(q, k, v)]
+        return torch.cat(outs, 2).squeeze(0).transpose(0, 1)
+    return attend
+
+
+# ---------------------------------------------------------------------------------------------
+# The decoder: one block for Llama, Mistral, Qwen2 and Qwen3. Names are those of the checkpoints.
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope_frequencies(config):
+    """inv_freq (head_dim/2,) in fp32, with llama3's scaling where the config asks for it.
+
+    Source of the scaling: transformers, modeling_rope_utils._compute_llama3_parameters."""
+    inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim)
+    s = config.rope_scaling
+    if s is None:
+        return inv_freq
+    low, high, old = s["low_freq_factor"], s["high_freq_factor"], s["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / inv_freq
+    smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)        # 0: far context, scaled; 1: near, kept
+    return (1 - smooth) * inv_freq / s["factor"] + smooth * inv_freq
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (T, H, d) by cos, sin (T, 1, d/2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, c, linear, qk_norm):
+        super().__init__()
+        self.d = c.head_dim
+        self.q_proj = linear("self_attn.q_proj", c.hidden_size, c.num_attention_heads * self.d)
+        self.k_proj = linear("self_attn.k_proj", c.hidden_size, c.num_key_value_heads * self.d)
+        self.v_proj = linear("self_attn.v_proj", c.hidden_size, c.num_key_value_heads * self.d)
+        self.o_proj = linear("self_attn.o_proj", c.num_attention_heads * self.d, c.hidden_size)
+        self.q_norm = RMSNorm(self.d, c.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.d, c.rms_norm_eps) if qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, attend):
+        q, k, v = (p(x).unflatten(-1, (-1, self.d)) for p in (self.q_proj, self.k_proj, self.v_proj))   # (T, H, d)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return self.o_proj(attend(q, k, v).flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c, linear):
+        super().__init__()
+        self.gate_proj = linear("mlp.gate_proj", c.hidden_size, c.intermediate_size)
+        self.up_proj = linear("mlp.up_proj", c.hidden_size, c.intermediate_size)
+        self.down_proj = linear("mlp.down_proj", c.intermediate_size, c.hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c, linear, qk_norm):
+        super().__init__()
+        self.self_attn = Attention(c, linear, qk_norm)
+        self.mlp = MLP(c, linear)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer over packed tokens.
+
+    config: from `read_config`. biased: names of the linear layers that have a bias ("self_attn.q_proj", ...);
+    qk_norm: RMSNorm on queries and keys (Qwen3); tied: the head is the embedding."""
+
+    def __init__(self, config, biased=(), qk_norm=False, tied=True):
+        super().__init__()
+        c = self.config = config
+
+        def linear(name, n_in, n_out):
+            return nn.Linear(n_in, n_out, bias=name in biased)
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c, linear, qk_norm) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = None if tied else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.inv_freq = rope_frequencies(c)              # a plain attribute: stays fp32, is not in the state dict
+        self.eos_ids, self.folder, self.hash = frozenset(), None, None    # set by load_decoder
+
+    @property
+    def head(self):
+        """Output matrix (V, D)."""
+        return (self.lm_head or self.embed_tokens).weight
+
+    @property
+    def device(self):
+        return self.embed_tokens.weight.device
+
+    def forward(self, tokens, cu_seqlens=None, *, positions=None, attend=None):
+        """tokens (T,) int, cu_seqlens (B+1,) int -> hidden (T, D), normed, ready for `logits`.
+
+        With a KV cache the caller gives `positions` (T,) and its own `attend(layer, q, k, v)` instead of cu_seqlens."""
+        if attend is None:
+            cu = cu_seqlens.to(self.device)
+            positions = torch.arange(len(tokens), device=self.device) - cu[:-1].repeat_interleave(cu.diff())
+            attend = packed_attention(cu)
+        if self.inv_freq.device != self.device:
+            self.inv_freq = self.inv_freq.to(self.device)
+        x = self.embed_tokens(tokens)                                                # (T, D)
+        angle = positions[:, None, None].float() * self.inv_freq                     # (T, 1, d/2)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, functools.partial(attend, i))
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """hidden (T, D) -> logits (T, V) in fp32."""
+        return F.linear(hidden, self.head).float()
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def is_tiny(folder):
+    return Path(folder).resolve().is_relative_to(TINY)
+
+
+def model_name(name):
+    """The full name of a model, as run records keep it: the path of a folder (also of `tiny`, tiny/NAME), else a hub name.
+
+    `auto` is the embedded tiny student without a GPU, Qwen/Qwen3-0.6B with one, and says so."""
+    name = str(name)
+    if name == "auto":
+        gpu = torch.cuda.is_available()
+        name = "Qwen/Qwen3-0.6B" if gpu else "tiny"
+        print(f"model: {name} (--model auto, {'a' if gpu else 'no'} CUDA device)", flush=True)
+    if name == "tiny":
+        name = "tiny/student"
+    for folder in (Path(name), ROOT / name):
+        if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
+            return str(folder.resolve())
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(f"{name}: not a model folder (no config.json in it) and not a hub name of the form owner/model")
+    return name
+
+
+def find_model(name, revision=None):
+    """Folder of a model; one on the Hugging Face hub is downloaded (configuration, tokenizer, safetensors)."""
+    name = model_name(name)
+    if Path(name).is_absolute():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except Exception as e:
+        raise InputError(f"{name}: no folder of that name here, and the hub did not give it ({type(e).__name__}: {e})")
+
+
+def model_hash(folder):
+    """What changes when the model does: the hub's commit for a downloaded snapshot, else sha256 of config and weights."""
+    if folder.parent.name == "snapshots":
+        return folder.name
+    h = hashlib.sha256()
+    for path in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
+        with open(path, "rb") as f:
+            h.update(hashlib.file_digest(f, "sha256").digest())
+    return h.hexdigest()[:16]
+
+
+def read_config(folder):
+    """config.json of a supported model -> namespace with the Hugging Face names; InputError names what is unsupported."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        arch = (raw.get("architectures") or [raw.get("model_type")])[0]
+    except (OSError, ValueError, AttributeError, TypeError, IndexError):
+        raise InputError(f"{path}: missing or not a model configuration")
+
+    def refuse(what):
+        raise InputError(f"{path}: {what} is not supported (Llama, Mistral, Qwen2 and Qwen3 without sliding window are)")
+    if raw.get("model_type") not in ("llama", "mistral", "qwen2", "qwen3"):
+        refuse(f"architecture {arch}")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        refuse(f"rope type {kind!r}")
+    if raw.get("sliding_window") and (raw["model_type"] == "mistral" or raw.get("use_sliding_window")):
+        refuse("sliding-window attention")
+    if set(raw.get("layer_types") or ()) - {"full_attention"}:
+        refuse(f"layer_types {sorted(set(raw['layer_types']))}")
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act {raw['hidden_act']!r}")
+    if raw.get("quantization_config"):
+        refuse("a quantised checkpoint")
+    if raw.get("partial_rotary_factor", 1) != 1:
+        refuse("partial_rotary_factor")
+    try:
+        c = SimpleNamespace(raw=raw, **{k: int(raw[k]) for k in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")})
+        c.num_key_value_heads = int(raw.get("num_key_value_heads") or c.num_attention_heads)
+        c.head_dim = int(raw.get("head_dim") or c.hidden_size // c.num_attention_heads)
+        c.rms_norm_eps = float(raw.get("rms_norm_eps", 1e-6))
+        c.max_position_embeddings = int(raw.get("max_position_embeddings", 2048))
+        c.rope_theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+        c.rope_scaling = None if kind == "default" else {k: float(rope[k]) for k in (
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{path}: bad or missing value ({e})")
+    sizes = [v for v in vars(c).values() if isinstance(v, int)]
+    if min(sizes) < 1 or max(sizes) > 2**24 or c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
+        sizes = ", ".join(f"{k}={v}" for k, v in vars(c).items() if isinstance(v, int))
+        raise InputError(f"{path}: sizes that no model has: {sizes}")
+    return c
+
+
+def read_tensors(folder):
+    """{name: tensor} of all *.safetensors of a folder, checked against the index if there is one."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    try:
+        files = sorted({folder / f for f in json.loads(index.read_text())["weight_map"].values()}) if index.exists() \
+            else sorted(folder.glob("model*.safetensors"))
+    except (ValueError, KeyError, AttributeError):
+        raise InputError(f"{index}: not a readable index of weights")
+    if not files:
+        raise InputError(f"{folder}: no .safetensors weights in it (other formats can run code when loaded and are refused)")
+    tensors = {}
+    for path in files:
+        if path.parent != folder:
+            raise InputError(f"{index}: names a file outside of its folder: {path}")
+        tensors |= load_tensors(path)
+    return tensors
+
+
+def load_tensors(path):
+    """safetensors.load_file with an InputError that names a missing or damaged file."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: missing or damaged ({e}); download or write it again")
+
+
+def build_decoder(folder, dtype):
+    """Decoder of a Hugging Face folder, strictly: every tensor used, none missing, all shapes right."""
+    config = read_config(folder)
+    tensors = {k.removeprefix("model."): v.to(dtype) for k, v in read_tensors(folder).items()
+               if not k.endswith("rotary_emb.inv_freq")}                  # old checkpoints store it
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("embed_tokens.weight")
+    if head is not None and embedding is not None and torch.equal(head, embedding):
+        del tensors["lm_head.weight"]                                     # tied, but stored twice
+    first = [k.removeprefix("layers.0.") for k in tensors if k.startswith("layers.0.")]
+    biased = {k.removesuffix(".bias") for k in first if k.endswith(".bias")}
+    with torch.device("meta"):
+        model = Decoder(config, biased, "layers.0.self_attn.q_norm.weight" in tensors, "lm_head.weight" not in tensors)
+    model.inv_freq = rope_frequencies(config)
+    expected = {k: v.shape for k, v in model.state_dict().items()}
+    for name in expected.keys() | tensors.keys():
+        have = tensors[name].shape if name in tensors else None
+        if have != expected.get(name):
+            raise InputError(f"{folder}: tensor {name} has shape {have and tuple(have)}, its config.json asks for "
+                             f"{expected.get(name) and tuple(expected[name])}")
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def load_tokenizer(folder):
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({e})")
+
+
+def load_decoder(path_or_name, device=None, dtype=None, revision=None):
+    """-> (Decoder in eval mode, tokenizer). A PEFT LoRA folder loads its base model with the adapter on it.
+
+    device: CUDA if there is one; dtype: bfloat16 on CUDA, else float32. Raises InputError for anything
+    missing, damaged or unsupported. Reads safetensors only and never runs code of a model folder."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    folder = find_model(path_or_name, revision)
+    if (folder / "adapter_config.json").exists():
+        try:
+            adapter = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+            base = adapter["base_model_name_or_path"]
+            shape = adapter["r"], adapter["lora_alpha"], 0.0, tuple(adapter["target_modules"])
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{folder}/adapter_config.json: not a PEFT LoRA configuration")
+        model, tokenizer = load_decoder(base, device, dtype)
+        add_lora(model, *shape)
+        load_lora(model, load_tensors(folder / "adapter_model.safetensors"), folder)
+        model.hash += "+" + model_hash(folder)
+        return model.eval(), tokenizer
+    model = build_decoder(folder, dtype).to(device).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+    model.folder, model.hash = folder, model_hash(folder)
+    model.eos_ids = frozenset(_eos_ids(model, tokenizer))
+    return model, tokenizer
+
+
+def generation_defaults(folder):
+    """generation_config.json as a dict ({} if there is none): the family's own temperature, top_p, top_k, eos."""
+    path = Path(folder) / "generation_config.json"
+    try:
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError:
+        raise InputError(f"{path}: not JSON")
+
+
+def _eos_ids(model, tokenizer):
+    for value in (generation_defaults(model.folder).get("eos_token_id"), tokenizer.eos_token_id):
+        yield from value if isinstance(value, list) else [value] if value is not None else []
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Give a folder beside to fill; at the end it takes the place of `folder` by renaming, old content gone."""
+    folder = Path(folder)
+    beside, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    for path in (beside, old):
+        shutil.rmtree(path, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(beside, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_decoder(model, folder, dtype=None):
+    """Write a full Hugging Face folder that transformers loads: config, weights, and the source's tokenizer files.
+
+    LoRA must have been merged. dtype: the source checkpoint's own unless given."""
+    dtype = dtype or getattr(torch, model.config.raw.get("dtype") or model.config.raw.get("torch_dtype") or "bfloat16")
+    with new_folder(folder) as new:
+        for path in model.folder.iterdir():
+            if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, new / path.name)
+        tensors = {k if k == "lm_head.weight" else f"model.{k}": v.detach().to(dtype).contiguous()
+                   for k, v in model.state_dict().items()}
+        save_file(tensors, new / "model.safetensors", {"format": "pt"})
+
+
+def save_state(path, tensors, meta):
+    """A checkpoint as one safetensors file, written beside and renamed: no crash can leave half of one."""
+    beside = Path(f"{path}.tmp")
+    save_file(tensors, beside, {"meta": json.dumps(meta)})
+    with open(beside, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+
+
+def load_state(path):
+    """-> (tensors, meta) of `save_state`; InputError for a damaged file."""
+    tensors = load_tensors(path)
+    with safe_open(path, "pt") as f:
+        return tensors, json.loads(f.metadata()["meta"])
+
+
+# ---------------------------------------------------------------------------------------------
+# LoRA (arXiv 2106.09685), interchangeable with PEFT's
+
+
+class LoRALinear(nn.Module):
+    """base(x) + alpha/r * B(A(dropout(x))): A (r, n_in), B (n_out, r), both in fp32 whatever the base is."""
+    enabled = True
+
+    def __init__(self, base, r, alpha, dropout):
+        super().__init__()
+        self.base_layer, self.scale, self.dropout = base, alpha / r, nn.Dropout(dropout)
+        where = dict(dtype=torch.float32, device=base.weight.device)
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **where))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **where))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        out = self.base_layer(x)
+        if self.enabled:
+            out = out + (self.scale * F.linear(F.linear(self.dropout(x.float()), self.lora_A), self.lora_B)).to(out.dtype)
+        return out
+
+
+def lora_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def add_lora(model, r=32, alpha=16, dropout=0.05, targets=("q_proj", "v_proj")):
+    """Put LoRA on every linear layer whose last name is in targets; all else is frozen. Defaults are the paper's."""
+    model.requires_grad_(False)
+    found = [(parent, name, child) for parent in list(model.modules()) for name, child in parent.named_children()
+             if name in targets and isinstance(child, nn.Linear)]
+    if {name for _, name, _ in found} != set(targets):
+        has = ", ".join(sorted({n for _, n, _ in found})) or "none of them"
+        raise InputError(f"LoRA targets {', '.join(targets)}: the model has only {has}")
+    for parent, name, child in found:
+        setattr(parent, name, LoRALinear(child, r, alpha, dropout))
+    model.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": sorted(targets)}
+
+
+def lora_tensors(model):
+    """{PEFT's name: tensor} of the adapter."""
+    return {f"base_model.model.model.{name}.lora_{ab}.weight": getattr(m, f"lora_{ab}").detach().contiguous()
+            for name, m in lora_layers(model).items() for ab in "AB"}
+
+
+def load_lora(model, tensors, where="adapter"):
+    """Copy tensors of `lora_tensors` into the model; InputError unless names and shapes fit exactly."""
+    mine = lora_tensors(model)
+    for name in mine.keys() | tensors.keys():
+        if name not in mine or name not in tensors or mine[name].shape != tensors[name].shape:
+            raise InputError(f"{where}: adapter tensor {name} does not fit the model")
+        mine[name].copy_(tensors[name])
+
+
+def save_lora(model, folder, base_name):
+    """Write a folder that PeftModel.from_pretrained loads."""
+    with new_folder(folder) as new:
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name),
+                  "bias": "none", "inference_mode": True, **model.lora}
+        (new / "adapter_config.json").write_text(json.dumps(config, indent=1))
+        save_file(lora_tensors(model), new / "adapter_model.safetensors", {"format": "pt"})
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Fold the adapter into the base weights (in fp32, rounded once) and take the LoRA layers out."""
+    for name, m in lora_layers(model).items():
+        w = m.base_layer.weight
+        w.copy_((w.float() + m.scale * m.lora_B @ m.lora_A).to(w.dtype))
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, m.base_layer)
+
+
+@contextlib.contextmanager
+def lora_off(model):
+    """The base model, for as long as the block lasts."""
+    layers = lora_layers(model).values()
+    for m in layers:
+        m.enabled = False
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.enabled = True
