@@ -23,8 +23,10 @@ from thinksafe import (
     InputError,
     RowWriter,
     Stage,
+    check_trace,
     cli,
     content_id,
+    count,
     encode_prompt,
     encode_response,
     encode_text,
@@ -33,13 +35,16 @@ from thinksafe import (
     is_tiny,
     load_decoder,
     load_tokenizer,
+    number,
     opens_think,
+    pack_ids,
     parser,
     pick_dtype,
     read_rows,
     read_run,
     row_key,
-    thinks,
+    split_packs,
+    template_hash,
 )
 
 
@@ -77,12 +82,14 @@ def render_refusal(prompt, response):
 NO, YES = ("no", "No", " no", " No", "NO"), ("yes", "Yes", " yes", " Yes", "YES")
 GUARDS = {
     "tiny": Format("tiny/guard", render_tiny, "\n\n", ("safe",), ("unsafe",)),
-    "self": Format(None, render_self, "", NO, YES, thinking=False),
-    "refusal": Format(None, render_refusal, "", NO, YES, thinking=False),       # of any chat model; used by eval.py
+    "self": Format(None, render_self, "", NO, YES, thinking=False),             # any chat model is asked like this
 }
+REFUSAL = Format(None, render_refusal, "", NO, YES, thinking=False)             # "unsafe" here means: it refuses
 
 
 class Guard:
+    """A model that is asked about (prompt, response) pairs in one format; name is what rows and errors call it."""
+
     def __init__(self, model, tokenizer, form, name):
         self.model, self.tokenizer, self.form, self.name = model, tokenizer, form, name
         self.safe, self.unsafe = self._word_ids(form.safe), self._word_ids(form.unsafe)
@@ -100,45 +107,39 @@ class Guard:
         """Token ids of one question; the prompt's and the response's text cannot become control tokens."""
         return encode_prompt(self.tokenizer, self.form.render(prompt, response), self.form.thinking) + self.lead
 
-    @torch.inference_mode()
     def judge(self, pairs, threshold=0.5, pack_tokens=16384):
         """[(prompt, response), ...] -> [Verdict, ...], unsafe from p_unsafe >= threshold on.
 
-        Prompt and response are packed whole, up to pack_tokens a pass; a pair beyond the guard's context is unknown."""
-        context, verdicts, pack = self.model.config.max_position_embeddings, [None] * len(pairs), []
-        for i, pair in enumerate(pairs):
-            ids = self.encode(*pair)
-            if len(ids) > context:
-                verdicts[i] = Verdict("unknown", None, "too_long_for_guard")
-                continue
-            if pack and sum(len(x) for _, x in pack) + len(ids) > pack_tokens:
-                self._judge_pack(pack, verdicts, threshold)
-                pack = []
-            pack.append((i, ids))
-        if pack:
-            self._judge_pack(pack, verdicts, threshold)
+        Pairs are packed whole, up to pack_tokens a pass; one beyond the guard's context is unknown."""
+        context = self.model.config.max_position_embeddings
+        questions = [self.encode(*pair) for pair in pairs]
+        verdicts = [Verdict("unknown", None, "too_long_for_guard")] * len(pairs)
+        fitting = [i for i, ids in enumerate(questions) if len(ids) <= context]
+        for pack in split_packs(fitting, lambda i: len(questions[i]), pack_tokens):
+            for i, verdict in zip(pack, self._judge_pack([questions[i] for i in pack], threshold)):
+                verdicts[i] = verdict
         return verdicts
 
-    def _judge_pack(self, pack, verdicts, threshold):
-        device = self.model.device
-        cu = torch.tensor([0, *itertools.accumulate(len(ids) for _, ids in pack)], device=device)
-        tokens = torch.tensor([t for _, ids in pack for t in ids], device=device)
+    @torch.inference_mode()
+    def _judge_pack(self, questions, threshold):
+        """Verdicts of one packed prefill."""
+        tokens, cu = pack_ids(questions, self.model.device)
         logits = self.model.logits(self.model(tokens, cu)[cu[1:] - 1])                                  # (B, V)
         safe, unsafe = (logits[:, words].logsumexp(-1) for words in (self.safe, self.unsafe))
-        verdict_said = torch.isin(logits.argmax(-1), torch.cat((self.safe, self.unsafe))) & logits.isfinite().all(-1)
-        for (i, _), p, said in zip(pack, torch.sigmoid(unsafe - safe).tolist(), verdict_said.tolist()):
-            verdicts[i] = Verdict("unsafe" if p >= threshold else "safe", p) if said else Verdict("unknown", None, "no_verdict")
+        said = torch.isin(logits.argmax(-1), torch.cat((self.safe, self.unsafe))) & logits.isfinite().all(-1)
+        return [Verdict("unsafe" if p >= threshold else "safe", p) if verdict else Verdict("unknown", None, "no_verdict")
+                for p, verdict in zip(torch.sigmoid(unsafe - safe).tolist(), said.tolist())]
 
 
 def load_guard(name, device=None, dtype=None, student=None):
     """-> Guard. name: a key of GUARDS, or the folder or hub name of any chat model, which is asked yes or no.
 
-    student: (model, tokenizer) to use for `self`, so that it is not loaded twice."""
-    form = GUARDS.get(name, GUARDS["self"])
-    if form.model is None and name in GUARDS:
+    student: (model, tokenizer) to use for `self`. Raises InputError when it is missing, or a model cannot be loaded."""
+    if name == "self":
         if student is None:
-            raise InputError(f"guard {name} needs the student: run sample.py first, or name a model instead")
-        return Guard(*student, form, name)
+            raise InputError("guard self needs the student: run sample.py first, or name a model instead")
+        return Guard(*student, GUARDS["self"], name)
+    form = GUARDS.get(name, GUARDS["self"])
     return Guard(*load_decoder(form.model or name, device, dtype), form, str(name))
 
 
@@ -149,10 +150,10 @@ def default_guard(student):
 def main():
     p = parser(__doc__)
     p.add_argument("--guard", default="auto", help="tiny, self, or any chat model; auto: tiny for the tiny student, else self")
-    p.add_argument("--threshold", type=float, default=0.5, help="a response is unsafe from this p_unsafe on")
+    p.add_argument("--threshold", type=number(float, 0, 1), default=0.5, help="a response is unsafe from this p_unsafe on")
     p.add_argument("--keep", choices=("safe", "unanimous"), default="safe",
                    help="safe: every safe trace; unanimous: the first trace of a prompt, if all of its n traces are safe")
-    p.add_argument("--pack-tokens", type=int, default=16384, help="tokens in one prefill")
+    p.add_argument("--pack-tokens", type=count, default=16384, help="tokens in one prefill")
     args = p.parse_args()
 
     sampled = read_run(args.out).get("sample")
@@ -160,8 +161,9 @@ def main():
         raise InputError(f"{args.out}: no run record of sample.py there; run python sample.py --out {args.out} first")
     rows = read_rows(args.out / "samples.jsonl")
     for i, row in enumerate(rows, 1):
-        if not all(isinstance(row.get(k), str) for k in ("id", "instruction", "prompt_label", "response", "finish_reason")):
-            raise InputError(f"{args.out}/samples.jsonl:{i}: not a row of sample.py")
+        check_trace(row, f"{args.out}/samples.jsonl, row {i}")
+    if len({row_key(row) for row in rows}) < len(rows):
+        raise InputError(f"{args.out}/samples.jsonl: some id and k stand in it twice")
     if not sampled["finished"]:
         raise InputError(f"{args.out}/samples.jsonl is not complete; run the same sample.py command again first")
     name = default_guard(sampled["model"]) if args.guard == "auto" else args.guard
@@ -169,29 +171,31 @@ def main():
     guard = load_guard(name, args.device, pick_dtype(args), student)
     tokenizer = student[1] if student else load_tokenizer(find_model(sampled["model"]))
     stage = Stage("guard", args, {
-        "guard": guard.model.hash, "name": name, "template": content_id(guard.tokenizer.chat_template),
-        "threshold": args.threshold, "keep": args.keep,
-        "samples": content_id(json.dumps(sampled["identity"], sort_keys=True))}, "guarded.jsonl")
-    stage.save(name=name)
+        "guard": guard.model.hash, "name": name, "template": template_hash(guard.tokenizer), "threshold": args.threshold,
+        "keep": args.keep, "question": guard.form.render("", ""), "dtype": str(guard.model.head.dtype),
+        "samples": content_id(json.dumps(rows))}, "guarded.jsonl", guard=name)
     writer = RowWriter(args.out / "guarded.jsonl")
+    for i, row in enumerate(writer.rows, 1):
+        check_trace(row, f"{writer.path}:{i}")
+        if row.get("response_label") not in ("safe", "unsafe", "unknown") or not isinstance(row.get("reason"), str | None):
+            raise InputError(f"{writer.path}:{i}: not a row of guard.py")
     judged = {row_key(row): row for row in writer.rows}
 
-    rows.sort(key=lambda row: row["id"])                       # the n traces of a prompt stand together (k in order below)
-    groups = [sorted(g, key=lambda row: row["k"]) for _, g in itertools.groupby(rows, key=lambda row: row["id"])]
-    r1, reasons = opens_think(tokenizer), thinks(tokenizer)
+    rows.sort(key=row_key)                                     # the n traces of a prompt stand together
+    prompts = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["id"])]
     with tqdm(total=len(rows), initial=len(judged), unit="trace", desc="guard", disable=None) as bar:
-        for chunk in (groups[i:i + 64] for i in range(0, len(groups), 64)):
-            new = [row for group in chunk for row in group if row_key(row) not in judged]
-            faults = [fault_of(row["response"], row["finish_reason"], r1, reasons) for row in new]
-            verdicts = iter(guard.judge([(row["instruction"], row["response"]) for row, fault in zip(new, faults) if not fault],
-                                        args.threshold, args.pack_tokens))
+        for group in split_packs(prompts, len, 16):            # few traces at a time, so that little is lost by a stop
+            new = [row for traces in group for row in traces if row_key(row) not in judged]
+            faults = [fault_of(row["response"], row["finish_reason"], tokenizer) for row in new]
+            pairs = [(row["instruction"], row["response"]) for row, fault in zip(new, faults) if not fault]
+            verdicts = iter(guard.judge(pairs, args.threshold, args.pack_tokens))
             for row, fault in zip(new, faults):
                 v = Verdict("unknown", None, fault) if fault else next(verdicts)
                 judged[row_key(row)] = {**row, "response_label": v.label, "p_unsafe": v.p_unsafe,
                                         "guard": name, "reason": v.reason}
-            for group in chunk:
-                mine = [judged[row_key(row)] for row in group]
-                agreed = all(row["response_label"] == "safe" for row in mine)
+            for traces in group:
+                mine = [judged[row_key(row)] for row in traces]
+                agreed = len(mine) == sampled["identity"]["n"] and all(row["response_label"] == "safe" for row in mine)
                 for j, row in enumerate(mine):
                     row["keep"] = agreed and j == 0 if args.keep == "unanimous" else row["response_label"] == "safe"
             writer.write(*(judged[row_key(row)] for row in new))
@@ -203,8 +207,8 @@ def main():
     kept = Counter(row["prompt_label"] for row in done if row["keep"])
     stage.finish(f"judged {len(done)} traces with {name}: " + ", ".join(f"{n} {label}" for label, n in sorted(labels.items()))
                  + f"; kept {kept.total()}" + "".join(f"; {n} {reason}" for reason, n in sorted(why.items())),
-                 args.out / "guarded.jsonl", f"python train.py --out {args.out}", rows=len(done), **dict(sorted(labels.items())),
-                 kept=dict(sorted(kept.items())), unknown_because=dict(sorted(why.items())))
+                 args.out / "guarded.jsonl", f"python train.py --out {args.out}", rows=len(done),
+                 **dict(sorted(labels.items())), kept=dict(sorted(kept.items())), unknown_because=dict(sorted(why.items())))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ each prompt, in order of finishing.
 import hashlib
 import json
 import sys
+import time
 from collections import Counter
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -29,8 +29,10 @@ from thinksafe import (
     InputError,
     RowWriter,
     Stage,
+    check_trace,
     cli,
     content_id,
+    count,
     decode_response,
     encode_prompt,
     generation_defaults,
@@ -38,11 +40,15 @@ from thinksafe import (
     is_tiny,
     load_decoder,
     model_name,
+    pack_ids,
     packed_attention,
     parser,
     pick_dtype,
     read_prompts,
     row_key,
+    seed_value,
+    steered,
+    template_hash,
 )
 
 
@@ -66,9 +72,8 @@ def pick_tokens(logits, u, temperature, top_p, top_k):
         p = (best / temperature).softmax(-1).double()
         p = p.where(p.cumsum(-1) - p < top_p, 0)                       # what came before had not reached top_p yet
     cdf = p.cumsum(-1)
-    # Where u * total rounds up to total, the first of the places that reach it is still a token of the set.
-    place = torch.minimum(torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True),
-                          torch.searchsorted(cdf, cdf[:, -1:].contiguous()))
+    cdf = cdf / cdf[:, -1:]                    # ends in exactly 1, and u < 1: the place is always a token of the set
+    place = torch.searchsorted(cdf, u[:, None], right=True)
     return (place if ids is None else ids.gather(-1, place)).squeeze(-1)
 
 
@@ -85,12 +90,20 @@ class Sampler:
     last busy one, so that all work is on contiguous slices; the next prompt takes the place behind them."""
 
     def __init__(self, model, tokenizer, slots=64):
-        self.model, self.tokenizer, self.slots = model, tokenizer, slots
+        self.model, self.tokenizer, self.slots = model, tokenizer, slots          # the tokenizer is for callers
 
     def _allocate(self, capacity, budget):
-        c, device, slots = self.model.config, self.model.device, self.slots
+        """Room for `capacity` tokens and `budget` sampled ones per slot; fewer slots where the GPU's memory is short."""
+        c, device, dtype, slots = self.model.config, self.model.device, self.model.head.dtype, self.slots
+        self.k = self.v = None
+        if device.type == "cuda":
+            per_slot = 2 * c.num_hidden_layers * c.num_key_value_heads * capacity * c.head_dim * dtype.itemsize
+            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            slots = max(1, min(slots, int(0.8 * (torch.cuda.mem_get_info(device)[0] + cached)) // per_slot))
+            if slots < self.slots:
+                print(f"sampler: {slots} slots of {capacity} tokens fit in memory, not {self.slots}", file=sys.stderr)
         shape = c.num_hidden_layers, slots, c.num_key_value_heads, capacity, c.head_dim
-        self.k = torch.zeros(shape, device=device, dtype=self.model.head.dtype)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.length = torch.zeros(slots, device=device, dtype=torch.long)          # tokens whose k and v are cached
         self.index = torch.zeros_like(self.length)                                 # of the prompt
@@ -103,16 +116,15 @@ class Sampler:
     def _prefill(self, prompts):
         """Run the prompts as one pack, filling the slots behind the busy ones -> logits of their last tokens (B, V)."""
         device = self.model.device
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        cu = F.pad(lengths.cumsum(0), (1, 0))
+        tokens, cu = pack_ids(prompts, device)
+        lengths = cu.diff()
         slot = torch.arange(self.busy, self.busy + len(prompts), device=device).repeat_interleave(lengths)   # (T,)
-        positions = torch.arange(len(slot), device=device) - cu[:-1].repeat_interleave(lengths)
+        positions = torch.arange(len(tokens), device=device) - cu[:-1].repeat_interleave(lengths)
         packed = packed_attention(cu)
 
         def attend(layer, q, k, v):
             self.k[layer][slot, :, positions], self.v[layer][slot, :, positions] = k, v
             return packed(layer, q, k, v)
-        tokens = torch.tensor([t for p in prompts for t in p], device=device)
         hidden = self.model(tokens, positions=positions, attend=attend)
         self.length[self.busy:self.busy + len(prompts)] = lengths
         return self.model.logits(hidden[cu[1:] - 1])
@@ -127,6 +139,7 @@ class Sampler:
 
         def attend(layer, q, k, v):
             self.k[layer][rows, :, length], self.v[layer][rows, :, length] = k, v
+            # The G query heads of a kv head stand where SDPA expects query positions: no copy of k and v per head.
             heads = q.unflatten(1, (k.shape[1], -1))                                                  # (n, Hkv, G, d)
             k, v = self.k[layer, :n, :, :reach], self.v[layer, :n, :, :reach]
             return F.scaled_dot_product_attention(heads, k, v, attn_mask=mask).flatten(1, 2)
@@ -167,8 +180,8 @@ class Sampler:
         waiting.reverse()
         while waiting or self.busy:
             first = 0
-            if waiting and self.busy < self.slots:                     # refill: these rows get their first token
-                new = [waiting.pop() for _ in range(min(len(waiting), self.slots - self.busy))]
+            if waiting and self.busy < len(self.length):               # refill: these rows get their first token
+                new = [waiting.pop() for _ in range(min(len(waiting), len(self.length) - self.busy))]
                 logits, first = self._prefill([prompts[i] for i in new]), self.busy
                 self.busy += len(new)
                 self.index[first:self.busy] = torch.tensor(new)
@@ -185,8 +198,9 @@ class Sampler:
             rows, made = torch.arange(first, self.busy, device=logits.device), self.made[first:self.busy]
             token = pick_tokens(logits, self.u[rows, made], temperature, top_p, top_k)
             self.tokens[rows, made] = token
-            made += 1
+            made += 1                                                  # a view: counts in self.made
             stopped = torch.isin(token, eos)
+            # From the top, because a release moves the last busy slot down.
             for i in reversed((stopped | (made >= self.limit[rows])).nonzero().flatten().tolist()):
                 slot = first + i
                 tokens = self.tokens[slot, :int(self.made[slot])].tolist()
@@ -198,81 +212,81 @@ class Sampler:
 # ---------------------------------------------------------------------------------------------
 
 
-def sampling_options(args, folder):
-    """temperature, top_p, top_k, max_new_tokens: the flag, else the model's generation_config.json, else the paper's."""
-    own = generation_defaults(folder)
-    paper = {"temperature": 0.6, "top_p": 0.95, "top_k": 20 if "qwen3" in str(folder).lower() else 0,
-             "max_new_tokens": 256 if is_tiny(folder) else 16384}
-    own.pop("max_new_tokens", None)                         # a demo's length, not the method's
+def sampling_options(args, model, earlier=None):
+    """{temperature, top_p, top_k, max_new_tokens}: the flag, else what an earlier stage used, else the model's
+    generation_config.json (without its max_new_tokens, a demo's length), else the paper's."""
+    paper = {"temperature": 0.6, "top_p": 0.95, "top_k": 20 if model.config.raw["model_type"] == "qwen3" else 0,
+             "max_new_tokens": 256 if is_tiny(model.folder) else 16384}
+    own = {k: v for k, v in generation_defaults(model.folder).items() if k != "max_new_tokens"}
     options = {}
     for name, default in paper.items():
-        given = getattr(args, name)
-        value = given if given is not None else own.get(name, default)
-        options[name] = value
-    o = SimpleNamespace(**options)
-    if o.temperature < 0 or not 0 < o.top_p <= 1 or o.top_k < 0 or o.max_new_tokens < 1 or args.slots < 1:
-        raise InputError("need --temperature >= 0, 0 < --top-p <= 1, --top-k >= 0, --max-new-tokens and --slots of at least 1")
+        options[name] = getattr(args, name)
+        if options[name] is None:
+            options[name] = (earlier or {}).get(name, own.get(name, default))
+    t, p, k, n = options.values()
+    if not (isinstance(t, int | float) and (t == 0 or 0.001 <= t <= 100) and isinstance(p, int | float) and 0 < p <= 1
+            and type(k) is int and k >= 0 and type(n) is int and n >= 1):
+        raise InputError(f"sampling with {options}: need temperature 0 or 0.001 to 100, top_p above 0 up to 1, top_k >= 0, "
+                         f"max_new_tokens >= 1 (flags, or {model.folder}/generation_config.json)")
     return options
 
 
 def add_sampling_flags(p):
-    g = p.add_argument_group("sampling (default: the model's generation_config.json, else the paper's)")
+    g = p.add_argument_group("sampling (default: what an earlier stage used, the model's generation_config.json, the paper's)")
     g.add_argument("--temperature", type=float, help="0 for the most likely token; paper 0.6")
     g.add_argument("--top-p", type=float, help="paper 0.95")
     g.add_argument("--top-k", type=int, help="0 for all; paper 20 (Qwen3), 0 (R1)")
-    g.add_argument("--max-new-tokens", type=int, help="paper 16384; tiny world 256")
-    g.add_argument("--slots", type=int, default=64, help="sequences decoded at a time")
-    g.add_argument("--seed", type=int, help="of the random draws (default: 0 in sample.py, later stages take over its seed)")
+    g.add_argument("--max-new-tokens", type=count, help="paper 16384; tiny world 256")
+    g.add_argument("--slots", type=count, default=64, help="sequences decoded at a time")
+    g.add_argument("--seed", type=seed_value, help="of the random draws (default: 0; later stages take over that of sample.py)")
 
 
 def main():
     p = parser(__doc__)
     p.add_argument("--model", default="auto", help="student: auto, tiny, a Hugging Face folder, or a hub name")
-    p.add_argument("--prompts", default=TINY / "prompts.jsonl", help="JSONL file: instruction, prompt_label, optionally id")
+    p.add_argument("--prompts", help="JSONL file: instruction, prompt_label, optionally id (default: the tiny world's)")
     p.add_argument("--steer", choices=STEER, default="default", help="wording of the refusal instruction on harmful prompts")
-    p.add_argument("--n", type=int, default=1, help="traces per prompt")
-    p.add_argument("--limit", type=int, help="only the first LIMIT prompts")
+    p.add_argument("--n", type=count, default=1, help="traces per prompt")
+    p.add_argument("--limit", type=count, help="only the first LIMIT prompts")
     add_sampling_flags(p)
     args = p.parse_args()
-
     args.seed = args.seed or 0
-    prompts = read_prompts(args.prompts)[:args.limit]
+
+    prompts = read_prompts(args.prompts or TINY / "prompts.jsonl")[:args.limit]
     name = model_name(args.model)
     model, tokenizer = load_decoder(name, args.device, pick_dtype(args))
-    options = sampling_options(args, model.folder)
-    todo = [(row, k) for row in prompts for k in range(args.n)]
-    if not todo:
-        raise InputError("need --n and --limit of at least 1")
-    encode_prompt(tokenizer, "")                            # refuses a missing chat template before anything is written
+    options = sampling_options(args, model)
     stage = Stage("sample", args, {
-        "model": model.hash, "template": content_id(tokenizer.chat_template), "prompts": content_id(json.dumps(prompts)),
-        "steer": args.steer, "n": args.n, "seed": args.seed, **options}, "samples.jsonl")
-    stage.save(model=name)
+        "model": model.hash, "template": template_hash(tokenizer), "prompts": content_id(json.dumps(prompts)),
+        "steer": args.steer, "wording": STEER[args.steer], "n": args.n, "seed": args.seed, "dtype": str(model.head.dtype),
+        **options}, "samples.jsonl", model=name)
+    if not args.prompts and not is_tiny(name):
+        print(f"prompts: those of the tiny world, {len(prompts)}; name yours with --prompts", file=sys.stderr)
     writer = RowWriter(args.out / "samples.jsonl")
+    for i, row in enumerate(writer.rows, 1):
+        check_trace(row, f"{writer.path}:{i}")
     done = {row_key(row) for row in writer.rows}
-    keep = [i for i, (row, k) in enumerate(todo) if (row["id"], k) not in done]
+    todo = [(row, k) for row in prompts for k in range(args.n) if (row["id"], k) not in done]
     steer = {label: args.steer if is_harmful(label) else "none" for label in LABELS}
+    ids = [encode_prompt(tokenizer, steered(row["instruction"], steer[row["prompt_label"]])) for row, _ in todo]
+    keys = [f"{row['id']}/{k}" for row, k in todo]
 
-    def encode(row):
-        return encode_prompt(tokenizer, STEER[steer[row["prompt_label"]]].replace("{prompt}", row["instruction"]))
-    ids = [encode(todo[i][0]) for i in keep]
-    keys = [f"{row['id']}/{k}" for row, k in (todo[i] for i in keep)]
-
+    total = len(prompts) * args.n
     counts = Counter(row["finish_reason"] for row in writer.rows)
     tokens = sum(row["n_tokens"] for row in writer.rows)
-    with tqdm(total=len(todo), initial=len(done), unit="trace", desc="sample", disable=None) as bar:
+    with tqdm(total=total, initial=len(done), unit="trace", desc="sample", disable=None) as bar:
         for c in Sampler(model, tokenizer, args.slots).generate(ids, seed=args.seed, keys=keys, **options):
-            row, k = todo[keep[c.index]]
+            row, k = todo[c.index]
             writer.write({**row, "response": decode_response(tokenizer, c.tokens, model.eos_ids), "k": k, "seed": args.seed,
                           "steer": steer[row["prompt_label"]], "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})
             counts[c.finish_reason] += 1
             tokens += len(c.tokens)
             bar.update()
-            bar.set_postfix_str(f"{tokens:,} tokens")
+            bar.set_postfix_str(f"{tokens / (time.time() - stage.started):,.0f} tokens/s")
     if counts["prompt_too_long"]:
         print(f"{counts['prompt_too_long']} prompts do not fit the model's context; they have no trace", file=sys.stderr)
-    stage.finish(f"sampled {len(todo)} traces of {len(prompts)} prompts, {tokens:,} tokens", args.out / "samples.jsonl",
-                 f"python guard.py --out {args.out}", rows=len(todo), tokens=tokens,
+    stage.finish(f"sampled {total} traces of {len(prompts)} prompts, {tokens:,} tokens", args.out / "samples.jsonl",
+                 f"python guard.py --out {args.out}", rows=total, tokens=tokens,
                  **{f"finish_{k}": v for k, v in sorted(counts.items())})
 
 

@@ -12,10 +12,10 @@ All text travels packed: the tokens of several documents in one row of length T,
 """
 import argparse
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
-import logging
 import math
 import os
 import platform
@@ -25,6 +25,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +38,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "tiny"
@@ -59,6 +62,11 @@ def is_harmful(label):
     return label.endswith("_harmful")
 
 
+def steered(prompt, wording):
+    """The prompt under a refusal instruction; wording: a key of STEER."""
+    return STEER[wording].replace("{prompt}", prompt)
+
+
 # ---------------------------------------------------------------------------------------------
 # Errors for people, and the frame of a script
 
@@ -68,18 +76,17 @@ class InputError(ValueError):
 
 
 def cli(main):
-    """Run a script's `main()`. InputError -> one line and exit 2; Ctrl-C -> 130; SIGTERM -> 143."""
+    """Run a script's `main()`. What the user can mend -> one line and exit 2; Ctrl-C -> 130; SIGTERM -> 143."""
     def on_sigterm(*_):
         raise SystemExit(143)
     signal.signal(signal.SIGTERM, on_sigterm)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)   # it warns at import about a kernel nobody asked for
     try:
         main()
-    except InputError as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+    except torch.OutOfMemoryError as e:
+        print(f"error: out of GPU memory; use fewer --slots or --pack-tokens ({str(e).splitlines()[0]})", file=sys.stderr)
         raise SystemExit(2)
-    except OSError as e:                                  # disk full, no permission, ...
-        print(f"error: {e}", file=sys.stderr)
+    except (InputError, OSError, SafetensorError) as e:         # the latter two: disk full, no permission, ...
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
@@ -90,23 +97,51 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the docstring's lines, and shows each flag's default where it has one."""
 
     def _get_help_string(self, action):
-        return action.help + (" (default: %(default)s)" if action.default not in (None, False, argparse.SUPPRESS) else "")
+        hide = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        return action.help + ("" if hide else " (default: %(default)s)")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+count, seed_value = number(int, 1), number(int, 0, 2**31)
+
+
+def device(name):
+    """An argparse type: a torch device that is there."""
+    try:
+        torch.zeros(1, device=name)
+        return name
+    except (RuntimeError, AssertionError) as e:
+        raise argparse.ArgumentTypeError(f"{name}: no such device here ({str(e).splitlines()[0]})")
 
 
 def parser(doc):
     """An ArgumentParser that shows the script's own docstring, with the flags that every stage has."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    p = Parser(description=doc, formatter_class=HelpFormatter)
     p.add_argument("--out", type=Path, default=Path("out"), help="folder of the run, shared by all stages")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of the weights; auto is bfloat16 on a GPU and float32 on a CPU")
     return p
 
 
 def pick_dtype(args):
-    if args.dtype == "auto":
-        return torch.bfloat16 if torch.device(args.device).type == "cuda" else torch.float32
-    return getattr(torch, args.dtype)
+    """What --dtype says, None for auto: `load_decoder` then decides by the device."""
+    return None if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -126,7 +161,7 @@ def parse_row(line, where):
     """One line of JSON (bytes) -> dict. Raises InputError that names `where`."""
     try:
         row = json.loads(line.decode("utf-8"), parse_constant=_reject_constant)
-        json.dumps(row, ensure_ascii=False).encode("utf-8")      # lone surrogates cannot be tokenized or written
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")     # lone surrogates, 1e999: not writable
     except (ValueError, RecursionError) as e:
         raise InputError(f"{where}: not a line of JSON in UTF-8 ({e}); mend or delete that line")
     if not isinstance(row, dict):
@@ -148,7 +183,7 @@ def read_rows(path):
 
 
 class RowWriter:
-    """Appends rows to a JSONL file; each is on disk whole before `write` returns.
+    """Appends rows to a JSONL file; each is handed to the system whole before `write` returns, so no kill can part it.
 
     `rows` holds what the file had already: a last line that lacks its \\n (the process was killed
     inside a write) is cut off with a warning, so that its row is made again."""
@@ -187,20 +222,27 @@ def content_id(*parts):
     return hashlib.blake2b("\0".join(parts).encode("utf-8"), digest_size=8).hexdigest()
 
 
-def check_row(row, where, label_required=True):
+def check_row(row, where):
     """Raise InputError unless the row has a non-empty string `instruction` and a known `prompt_label`."""
     if not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
         raise InputError(f"{where}: no text under 'instruction'; found the keys {', '.join(row) or '(none)'}")
-    if label_required and row.get("prompt_label") not in LABELS:
+    if row.get("prompt_label") not in LABELS:
         raise InputError(f"{where}: prompt_label is {row.get('prompt_label')!r}, not one of {', '.join(LABELS)}")
+
+
+def check_trace(row, where):
+    """Raise InputError unless the row is one that sample.py could have written."""
+    check_row(row, where)
+    texts = all(isinstance(row.get(key), str) for key in ("id", "response", "finish_reason"))
+    if not texts or not all(type(row.get(key)) is int for key in ("k", "n_tokens")):
+        raise InputError(f"{where}: not a row of sample.py (it needs id, response, finish_reason, k and n_tokens)")
 
 
 def read_prompts(path):
     """Prompts of a JSONL file: `instruction`, `prompt_label`, optional `id`; other keys are carried along.
 
     Exact repetitions are dropped with a notice; two different prompts under one id are an error."""
-    rows, seen = {}, {}
-    data = read_rows(path)
+    rows, data = {}, read_rows(path)
     for i, row in enumerate(data, 1):
         where = f"{path}, row {i}"
         check_row(row, where)
@@ -208,11 +250,9 @@ def read_prompts(path):
         if not isinstance(row["id"], str | int):
             raise InputError(f"{where}: id must be text or a whole number, not {row['id']!r}")
         row["id"] = str(row["id"])
-        text = row["prompt_label"], row["instruction"]
-        if row["id"] in rows and seen[row["id"]] != text:
+        first = rows.setdefault(row["id"], row)
+        if any(first[k] != row[k] for k in ("prompt_label", "instruction")):
             raise InputError(f"{where}: id {row['id']!r} is used by another prompt before it; ids must be unique")
-        rows.setdefault(row["id"], row)
-        seen[row["id"]] = text
     if not rows:
         raise InputError(f"{path}: no prompts in it")
     if len(rows) < len(data):
@@ -220,21 +260,17 @@ def read_prompts(path):
     return list(rows.values())
 
 
-def fault_of(response, finish_reason, opens_think, thinks):
-    """Why a trace cannot be trained on (a short name), or None.
+def fault_of(response, finish_reason, tokenizer):
+    """Why a trace cannot be trained on (length, prompt_too_long, empty, unclosed_think), or None.
 
-    opens_think: the chat template itself ends in <think>. thinks: the model's vocabulary has </think>,
-    so that a trace without one never finished its reasoning (the paper drops those too)."""
+    Where the vocabulary has </think>, a trace without one never finished its reasoning; the paper drops those too."""
     if finish_reason != "stop":
-        return finish_reason                                      # length | prompt_too_long
-    text = response.rsplit("</think>", 1)[-1]
-    if not text.strip():
+        return str(finish_reason or "unfinished")
+    answer = response.rsplit("</think>", 1)[-1]
+    if not answer.strip():
         return "empty"
-    if thinks and "</think>" not in response:
-        return "unclosed_think"
-    if "<think>" in text or (opens_think and "</think>" not in response):
-        return "unclosed_think"
-    return None
+    never_closed = "</think>" not in response and (has_think_tokens(tokenizer) or opens_think(tokenizer))
+    return "unclosed_think" if never_closed or "<think>" in answer else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -248,9 +284,11 @@ def read_run(out):
         return {}
     try:
         run = json.loads(path.read_text("utf-8"))
-        assert all(isinstance(entry, dict) for entry in run.values())
+        if not all(isinstance(entry["identity"], dict) and isinstance(entry["seconds"], int | float)
+                   and isinstance(entry["finished"], bool) for entry in run.values()):
+            raise ValueError
         return run
-    except (ValueError, OSError, AttributeError, AssertionError):
+    except (ValueError, OSError, AttributeError, KeyError, TypeError):
         raise InputError(f"{path}: not a readable run record; move it away or use another --out")
 
 
@@ -259,18 +297,19 @@ def stage_seed(args, run):
     return args.seed if args.seed is not None else run.get("sample", {}).get("identity", {}).get("seed", 0)
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """Give a name beside to write to, then rename it to path: a reader sees the old file or the new one, never a part."""
+    beside = Path(f"{path}.tmp")
+    yield beside
+    with open(beside, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+
+
 def write_atomic(path, text):
-    """Write beside and rename: a reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with open(beside, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror})")
+    with replacing(path) as beside:
+        beside.write_text(text, "utf-8")
 
 
 def _git(*words):
@@ -284,43 +323,49 @@ class Stage:
     """A stage's entry in out/run.json: what it was run with, and what came of it.
 
     identity: what its output depends on. If the output exists and was made with another identity, the
-    stage refuses to go on (InputError) and leaves everything as it was. `finished` tells whether an
-    earlier run of the same stage came to its end."""
+    stage refuses to go on (InputError) and leaves everything as it was. facts: what later stages want to know.
+    `seconds` adds up over resumed runs, but a run that was killed could not write its own."""
 
-    def __init__(self, name, args, identity, output):
-        self.name, self.out, self.started = name, args.out, time.time()
-        self.seconds_before, self.finished = 0.0, False
-        identity = json.loads(json.dumps(identity, default=str))
+    def __init__(self, name, args, identity, output, **facts):
+        self.name, self.out, self.started, self.seconds_before = name, args.out, time.time(), 0.0
+        self.out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.out, os.O_RDONLY)
+        self.release = weakref.finalize(self, os.close, lock)     # the lock lasts as long as this object, or until a crash
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.out}: another process is at work there; wait for it, or use another --out")
+        identity = json.loads(json.dumps(identity))
         old = read_run(self.out).get(name)
         output = self.out / output
         if output.exists():
             if not old:
                 raise InputError(f"{output} exists, but {self.out}/run.json does not say how it was made; "
                                  "use another --out or move it away")
-            for key in identity.keys() | old["identity"].keys():
+            for key in sorted(identity.keys() | old["identity"].keys()):
                 was, now = old["identity"].get(key), identity.get(key)
                 if was != now:
                     raise InputError(f"{output} was made with {key} {was}, now it is {now}; "
                                      f"use another --out, or delete {output} to start again")
-            self.seconds_before, self.finished = old.get("seconds", 0.0), old.get("finished", False)
+            self.seconds_before = old.get("seconds", 0.0)
         self.entry = {
             "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
             "identity": identity,
             "commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "-uno")),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}},
             "device": torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else platform.machine(),
-            "finished": False,
+            "finished": False, **facts,
         }
         self.save()
 
     def save(self, **more):
         self.entry.update(more, seconds=round(self.seconds_before + time.time() - self.started, 2))
-        self.out.mkdir(parents=True, exist_ok=True)
         write_atomic(self.out / "run.json", json.dumps({**read_run(self.out), self.name: self.entry}, indent=1))
 
     def finish(self, did, where, next_command, **counts):
         """Record the counts and say what was done, where it is, what to run next; then one JSON line."""
         self.save(finished=True, **counts)
+        self.release()
         print(f"{did}\n  -> {where}\nnext: {next_command}")
         print(json.dumps({"stage": self.name, "seconds": self.entry["seconds"], **counts}), flush=True)
 
@@ -334,7 +379,8 @@ def control_tokens(tokenizer):
     """{string: id} of the added tokens that steer a model: the special ones and all others of more than
     one character that are not mere white space (Qwen3's <think> is added but not 'special')."""
     added = tokenizer.added_tokens_decoder
-    return {t.content: i for i, t in added.items() if t.special or (len(t.content) > 1 and t.content.strip())}
+    return {t.content: i for i, t in added.items()
+            if i != tokenizer.unk_token_id and (t.special or (len(t.content) > 1 and t.content.strip()))}
 
 
 @functools.lru_cache(maxsize=16)
@@ -346,7 +392,7 @@ def _control_pattern(tokenizer):
 def encode_text(tokenizer, text):
     """Token ids (list[int]) of plain text. A control token's string in it is cut after its first
     character and so encoded as the ordinary characters it consists of; decoding gives the text back."""
-    pattern = re.compile(f"(?=({_control_pattern(tokenizer).pattern}))")
+    pattern = re.compile(f"(?=({_control_pattern(tokenizer).pattern}))")      # a lookahead finds overlapping ones too
     cuts = [0, *(m.start() + 1 for m in pattern.finditer(text)), len(text)]
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     ids = [i for a, b in zip(cuts, cuts[1:]) if a < b for i in encode(text[a:b])]
@@ -406,8 +452,15 @@ def opens_think(tokenizer):
     return chat_frame(tokenizer)[1].rstrip().endswith("<think>")
 
 
-def thinks(tokenizer):
+def has_think_tokens(tokenizer):
+    """Whether </think> is one token of the vocabulary, as it is in reasoning models."""
     return "</think>" in control_tokens(tokenizer)
+
+
+def template_hash(tokenizer):
+    """What changes when the chat template does; InputError where there is none."""
+    chat_frame(tokenizer)
+    return content_id(json.dumps(tokenizer.chat_template, sort_keys=True))
 
 
 def decode_response(tokenizer, tokens, eos_ids):
@@ -417,7 +470,25 @@ def decode_response(tokenizer, tokens, eos_ids):
 
 
 # ---------------------------------------------------------------------------------------------
-# Attention over packed documents
+# Packing, and attention over packed documents
+
+
+def pack_ids(lists, device="cpu"):
+    """B lists of token ids -> tokens (T,), cu_seqlens (B+1,), both int64."""
+    lengths = torch.tensor([0, *map(len, lists)])
+    return torch.tensor([t for ids in lists for t in ids], device=device), lengths.cumsum(0).to(device)
+
+
+def split_packs(items, length, budget):
+    """Consecutive groups of items whose lengths sum to at most budget; an item that is longer stands alone."""
+    packs, room = [], 0
+    for item in items:
+        if not packs or length(item) > room:
+            packs.append([])
+            room = budget
+        packs[-1].append(item)
+        room -= length(item)
+    return packs
 
 
 @functools.cache
@@ -487,12 +558,13 @@ def rope_frequencies(config):
         return inv_freq
     low, high, old = s["low_freq_factor"], s["high_freq_factor"], s["original_max_position_embeddings"]
     wavelength = 2 * math.pi / inv_freq
-    smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)        # 0: far context, scaled; 1: near, kept
+    smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)        # 0: long waves, scaled; 1: short ones, kept
     return (1 - smooth) * inv_freq / s["factor"] + smooth * inv_freq
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (T, H, d) by cos, sin (T, 1, d/2)."""
+    """Rotary embedding of x (T, H, d) by cos, sin (T, 1, d/2) -> (T, H, d) of x's dtype."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -509,8 +581,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.d, c.rms_norm_eps) if qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, attend):
+        """x (T, D), cos and sin (T, 1, d/2), attend(q, k, v) -> (T, D)."""
         q, k, v = (p(x).unflatten(-1, (-1, self.d)) for p in (self.q_proj, self.k_proj, self.v_proj))   # (T, H, d)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k = q.to(v.dtype), k.to(v.dtype)                       # autocast does norms in fp32
         return self.o_proj(attend(q, k, v).flatten(1))
 
 
@@ -555,6 +629,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = None if tied else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.inv_freq = rope_frequencies(c)              # a plain attribute: stays fp32, is not in the state dict
+        self.recompute = False                           # activations again in the backward pass: less memory, a third slower
         self.eos_ids, self.folder, self.hash = frozenset(), None, None    # set by load_decoder
 
     @property
@@ -578,9 +653,12 @@ class Decoder(nn.Module):
             self.inv_freq = self.inv_freq.to(self.device)
         x = self.embed_tokens(tokens)                                                # (T, D)
         angle = positions[:, None, None].float() * self.inv_freq                     # (T, 1, d/2)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        cos, sin = angle.cos(), angle.sin()
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, functools.partial(attend, i))
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, functools.partial(attend, i), use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, functools.partial(attend, i))
         return self.norm(x)
 
     def logits(self, hidden):
@@ -592,8 +670,9 @@ class Decoder(nn.Module):
 # Checkpoints
 
 
-def is_tiny(folder):
-    return Path(folder).resolve().is_relative_to(TINY)
+def is_tiny(path):
+    """Whether a model or file is part of the embedded tiny world."""
+    return Path(path).resolve().is_relative_to(TINY)
 
 
 def model_name(name):
@@ -615,24 +694,25 @@ def model_name(name):
     return name
 
 
-def find_model(name, revision=None):
+def find_model(name):
     """Folder of a model; one on the Hugging Face hub is downloaded (configuration, tokenizer, safetensors)."""
     name = model_name(name)
     if Path(name).is_absolute():
         return Path(name)
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
+                                      ignore_patterns=["*/*", "consolidated*"]))
     except Exception as e:
         raise InputError(f"{name}: no folder of that name here, and the hub did not give it ({type(e).__name__}: {e})")
 
 
 def model_hash(folder):
-    """What changes when the model does: the hub's commit for a downloaded snapshot, else sha256 of config and weights."""
-    if folder.parent.name == "snapshots":
+    """What changes when the model does: the hub's commit of a downloaded snapshot, else sha256 of config, tokenizer, weights."""
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.name
     h = hashlib.sha256()
-    for path in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
+    for path in sorted({*folder.glob("*config.json"), *folder.glob("tokenizer*"), *folder.glob("*.safetensors")}):
         with open(path, "rb") as f:
             h.update(hashlib.file_digest(f, "sha256").digest())
     return h.hexdigest()[:16]
@@ -649,23 +729,23 @@ def read_config(folder):
 
     def refuse(what):
         raise InputError(f"{path}: {what} is not supported (Llama, Mistral, Qwen2 and Qwen3 without sliding window are)")
-    if raw.get("model_type") not in ("llama", "mistral", "qwen2", "qwen3"):
-        refuse(f"architecture {arch}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        refuse(f"rope type {kind!r}")
-    if raw.get("sliding_window") and (raw["model_type"] == "mistral" or raw.get("use_sliding_window")):
-        refuse("sliding-window attention")
-    if set(raw.get("layer_types") or ()) - {"full_attention"}:
-        refuse(f"layer_types {sorted(set(raw['layer_types']))}")
-    if raw.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {raw['hidden_act']!r}")
-    if raw.get("quantization_config"):
-        refuse("a quantised checkpoint")
-    if raw.get("partial_rotary_factor", 1) != 1:
-        refuse("partial_rotary_factor")
     try:
+        if raw.get("model_type") not in ("llama", "mistral", "qwen2", "qwen3"):
+            refuse(f"architecture {arch}")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            refuse(f"rope type {kind!r}")
+        if raw.get("sliding_window") and (raw["model_type"] == "mistral" or raw.get("use_sliding_window")):
+            refuse("sliding-window attention")
+        if set(raw.get("layer_types") or ()) - {"full_attention"}:
+            refuse(f"layer_types {sorted(set(raw['layer_types']))}")
+        if raw.get("hidden_act", "silu") != "silu":
+            refuse(f"hidden_act {raw['hidden_act']!r}")
+        if raw.get("quantization_config"):
+            refuse("a quantised checkpoint")
+        if raw.get("partial_rotary_factor", 1) != 1:
+            refuse("partial_rotary_factor")
         c = SimpleNamespace(raw=raw, **{k: int(raw[k]) for k in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")})
         c.num_key_value_heads = int(raw.get("num_key_value_heads") or c.num_attention_heads)
@@ -675,7 +755,9 @@ def read_config(folder):
         c.rope_theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
         c.rope_scaling = None if kind == "default" else {k: float(rope[k]) for k in (
             "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    except (KeyError, TypeError, ValueError) as e:
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as e:
         raise InputError(f"{path}: bad or missing value ({e})")
     sizes = [v for v in vars(c).values() if isinstance(v, int)]
     if min(sizes) < 1 or max(sizes) > 2**24 or c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
@@ -691,7 +773,7 @@ def read_tensors(folder):
     try:
         files = sorted({folder / f for f in json.loads(index.read_text())["weight_map"].values()}) if index.exists() \
             else sorted(folder.glob("model*.safetensors"))
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise InputError(f"{index}: not a readable index of weights")
     if not files:
         raise InputError(f"{folder}: no .safetensors weights in it (other formats can run code when loaded and are refused)")
@@ -717,48 +799,71 @@ def build_decoder(folder, dtype):
     tensors = {k.removeprefix("model."): v.to(dtype) for k, v in read_tensors(folder).items()
                if not k.endswith("rotary_emb.inv_freq")}                  # old checkpoints store it
     head, embedding = tensors.get("lm_head.weight"), tensors.get("embed_tokens.weight")
-    if head is not None and embedding is not None and torch.equal(head, embedding):
-        del tensors["lm_head.weight"]                                     # tied, but stored twice
+    tied = bool(config.raw.get("tie_word_embeddings", False))             # False is the default of all four families
+    if tied and head is not None:
+        if embedding is not None and torch.equal(head, embedding):
+            del tensors["lm_head.weight"]                                 # stored twice
+        else:
+            tied = False                                                  # as transformers 5 does
     first = [k.removeprefix("layers.0.") for k in tensors if k.startswith("layers.0.")]
     biased = {k.removesuffix(".bias") for k in first if k.endswith(".bias")}
     with torch.device("meta"):
-        model = Decoder(config, biased, "layers.0.self_attn.q_norm.weight" in tensors, "lm_head.weight" not in tensors)
-    model.inv_freq = rope_frequencies(config)
-    expected = {k: v.shape for k, v in model.state_dict().items()}
-    for name in expected.keys() | tensors.keys():
-        have = tensors[name].shape if name in tensors else None
-        if have != expected.get(name):
-            raise InputError(f"{folder}: tensor {name} has shape {have and tuple(have)}, its config.json asks for "
-                             f"{expected.get(name) and tuple(expected[name])}")
+        model = Decoder(config, biased, qk_norm="self_attn.q_norm.weight" in first, tied=tied)
+    model.inv_freq = rope_frequencies(config)                             # was made on meta, without values
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        have, want = (str(tuple(t[name].shape)) if name in t else "missing" for t in (tensors, expected))
+        if have != want:
+            raise InputError(f"{folder}: tensor {name} is {have} in the weights, {want} in the model that config.json describes")
     model.load_state_dict(tensors, assign=True)
     return model
 
 
 def load_tokenizer(folder):
+    """The tokenizer of a model folder (an adapter's: that of its base model); InputError if it cannot be loaded."""
     from transformers import AutoTokenizer
+    if (Path(folder) / "adapter_config.json").exists():
+        folder = find_model(read_adapter(folder)["base_model_name_or_path"])
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({e})")
 
 
-def load_decoder(path_or_name, device=None, dtype=None, revision=None):
+def read_adapter(folder):
+    """adapter_config.json of a plain LoRA folder; InputError names what else PEFT can do and this decoder does not."""
+    path = Path(folder) / "adapter_config.json"
+    try:
+        adapter = json.loads(path.read_text("utf-8"))
+        kinds = {"base_model_name_or_path": str, "r": int, "lora_alpha": int | float, "target_modules": list}
+        if adapter["peft_type"] != "LORA" or not all(isinstance(adapter[k], t) for k, t in kinds.items()) or adapter["r"] < 1 \
+                or not all(isinstance(name, str) for name in adapter["target_modules"]):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: not a LoRA adapter's configuration, or its target_modules is not a list of names")
+    harmless = {*kinds, "peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout",
+                "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config", "megatron_core"}
+    plain = {"bias": "none", "init_lora_weights": True}
+    for key, value in adapter.items():
+        if value and key not in harmless and value != plain.get(key):
+            raise InputError(f"{path}: {key} = {value!r} is not supported")
+    if (find_model(adapter["base_model_name_or_path"]) / "adapter_config.json").exists():
+        raise InputError(f"{path}: its base model is an adapter too")
+    return adapter
+
+
+def load_decoder(path_or_name, device=None, dtype=None):
     """-> (Decoder in eval mode, tokenizer). A PEFT LoRA folder loads its base model with the adapter on it.
 
     device: CUDA if there is one; dtype: bfloat16 on CUDA, else float32. Raises InputError for anything
     missing, damaged or unsupported. Reads safetensors only and never runs code of a model folder."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    folder = find_model(path_or_name, revision)
+    folder = find_model(path_or_name)
     if (folder / "adapter_config.json").exists():
-        try:
-            adapter = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-            base = adapter["base_model_name_or_path"]
-            shape = adapter["r"], adapter["lora_alpha"], 0.0, tuple(adapter["target_modules"])
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{folder}/adapter_config.json: not a PEFT LoRA configuration")
-        model, tokenizer = load_decoder(base, device, dtype)
-        add_lora(model, *shape)
+        adapter = read_adapter(folder)
+        model, tokenizer = load_decoder(adapter["base_model_name_or_path"], device, dtype)
+        add_lora(model, adapter["r"], adapter["lora_alpha"], 0.0, adapter["target_modules"])
         load_lora(model, load_tensors(folder / "adapter_model.safetensors"), folder)
         model.hash += "+" + model_hash(folder)
         return model.eval(), tokenizer
@@ -767,7 +872,10 @@ def load_decoder(path_or_name, device=None, dtype=None, revision=None):
     if len(tokenizer) > model.config.vocab_size:
         raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     model.folder, model.hash = folder, model_hash(folder)
-    model.eos_ids = frozenset(_eos_ids(model, tokenizer))
+    eos = generation_defaults(folder).get("eos_token_id", model.config.raw.get("eos_token_id"))
+    model.eos_ids = frozenset([*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]) - {None}
+    if tokenizer.eos_token_id is None or not all(type(i) is int for i in model.eos_ids):
+        raise InputError(f"{folder}: the tokenizer has no eos_token, or eos_token_id of generation_config.json is not a number")
     return model, tokenizer
 
 
@@ -775,14 +883,9 @@ def generation_defaults(folder):
     """generation_config.json as a dict ({} if there is none): the family's own temperature, top_p, top_k, eos."""
     path = Path(folder) / "generation_config.json"
     try:
-        return json.loads(path.read_text("utf-8")) if path.exists() else {}
-    except ValueError:
-        raise InputError(f"{path}: not JSON")
-
-
-def _eos_ids(model, tokenizer):
-    for value in (generation_defaults(model.folder).get("eos_token_id"), tokenizer.eos_token_id):
-        yield from value if isinstance(value, list) else [value] if value is not None else []
+        return {k: v for k, v in json.loads(path.read_text("utf-8")).items() if v is not None} if path.exists() else {}
+    except (ValueError, AttributeError):
+        raise InputError(f"{path}: not a JSON object")
 
 
 @contextlib.contextmanager
@@ -790,6 +893,8 @@ def new_folder(folder):
     """Give a folder beside to fill; at the end it takes the place of `folder` by renaming, old content gone."""
     folder = Path(folder)
     beside, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():                              # a crash between the two renames below
+        os.replace(old, folder)
     for path in (beside, old):
         shutil.rmtree(path, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -800,11 +905,12 @@ def new_folder(folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_decoder(model, folder, dtype=None):
-    """Write a full Hugging Face folder that transformers loads: config, weights, and the source's tokenizer files.
+def save_decoder(model, folder):
+    """Write a full Hugging Face folder that transformers loads: config and tokenizer files of the source, weights in its dtype.
 
-    LoRA must have been merged. dtype: the source checkpoint's own unless given."""
-    dtype = dtype or getattr(torch, model.config.raw.get("dtype") or model.config.raw.get("torch_dtype") or "bfloat16")
+    LoRA must have been merged."""
+    raw = model.config.raw
+    dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
     with new_folder(folder) as new:
         for path in model.folder.iterdir():
             if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json"):
@@ -815,12 +921,9 @@ def save_decoder(model, folder, dtype=None):
 
 
 def save_state(path, tensors, meta):
-    """A checkpoint as one safetensors file, written beside and renamed: no crash can leave half of one."""
-    beside = Path(f"{path}.tmp")
-    save_file(tensors, beside, {"meta": json.dumps(meta)})
-    with open(beside, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    """A checkpoint as one safetensors file: no crash can leave half of one."""
+    with replacing(path) as beside:
+        save_file(tensors, beside, {"meta": json.dumps(meta)})
 
 
 def load_state(path):
@@ -861,7 +964,7 @@ def add_lora(model, r=32, alpha=16, dropout=0.05, targets=("q_proj", "v_proj")):
     """Put LoRA on every linear layer whose last name is in targets; all else is frozen. Defaults are the paper's."""
     model.requires_grad_(False)
     found = [(parent, name, child) for parent in list(model.modules()) for name, child in parent.named_children()
-             if name in targets and isinstance(child, nn.Linear)]
+             if name in targets and isinstance(child, nn.Linear) and child is not model.lm_head]
     if {name for _, name, _ in found} != set(targets):
         has = ", ".join(sorted({n for _, n, _ in found})) or "none of them"
         raise InputError(f"LoRA targets {', '.join(targets)}: the model has only {has}")
@@ -871,15 +974,15 @@ def add_lora(model, r=32, alpha=16, dropout=0.05, targets=("q_proj", "v_proj")):
 
 
 def lora_tensors(model):
-    """{PEFT's name: tensor} of the adapter."""
-    return {f"base_model.model.model.{name}.lora_{ab}.weight": getattr(m, f"lora_{ab}").detach().contiguous()
+    """{PEFT's name: tensor} of the adapter; the tensors are the model's own memory."""
+    return {f"base_model.model.model.{name}.lora_{ab}.weight": getattr(m, f"lora_{ab}").detach()
             for name, m in lora_layers(model).items() for ab in "AB"}
 
 
 def load_lora(model, tensors, where="adapter"):
     """Copy tensors of `lora_tensors` into the model; InputError unless names and shapes fit exactly."""
     mine = lora_tensors(model)
-    for name in mine.keys() | tensors.keys():
+    for name in sorted(mine.keys() | tensors.keys()):
         if name not in mine or name not in tensors or mine[name].shape != tensors[name].shape:
             raise InputError(f"{where}: adapter tensor {name} does not fit the model")
         mine[name].copy_(tensors[name])

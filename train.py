@@ -9,6 +9,8 @@ out/guarded.jsonl -> the student fine-tuned on (original prompt -> own safe trac
 Rows are packed without padding and do not see each other. The loss of a step is summed over its target
 tokens and divided by their number, however many passes it took: packing changes speed, not the result.
 """
+import contextlib
+import functools
 import json
 import math
 import time
@@ -20,11 +22,13 @@ from tqdm import tqdm
 from kernels.ce_kl import ce_kl_loss
 from thinksafe import (
     InputError,
+    RowWriter,
     Stage,
     add_lora,
     check_row,
     cli,
     content_id,
+    count,
     encode_prompt,
     encode_response,
     fault_of,
@@ -36,7 +40,9 @@ from thinksafe import (
     lora_off,
     merge_lora,
     model_name,
+    number,
     opens_think,
+    pack_ids,
     parser,
     pick_dtype,
     read_rows,
@@ -44,8 +50,10 @@ from thinksafe import (
     save_decoder,
     save_lora,
     save_state,
+    seed_value,
+    split_packs,
     stage_seed,
-    thinks,
+    template_hash,
     write_atomic,
 )
 
@@ -61,17 +69,19 @@ def encode_rows(rows, tokenizer, max_length):
 
     ids = prompt as the template renders it + response + eos. A template that opens <think> itself has it already,
     so a response (of another tool) that starts with one loses it."""
-    opened, reasons = opens_think(tokenizer), thinks(tokenizer)
     items, left_out = [], Counter()
     for row in rows:
-        if not row.get("keep", row.get("response_label", "safe") == "safe"):
-            left_out[row.get("reason") or row.get("response_label", "not kept")] += 1
+        label = row.get("response_label", "safe")
+        if label != "safe" or row.get("keep", True) is not True:
+            left_out[str(row.get("reason") or (label if label != "safe" else "not_kept"))] += 1
             continue
-        fault = fault_of(row["response"], row.get("finish_reason", "stop"), opened, reasons)
+        fault = fault_of(row["response"], row.get("finish_reason", "stop"), tokenizer)
         if fault:
             left_out[fault] += 1
             continue
-        response = row["response"].removeprefix("<think>").lstrip("\n") if opened else row["response"]
+        response = row["response"]
+        if opens_think(tokenizer):
+            response = response.removeprefix("<think>").lstrip("\n")
         prompt = encode_prompt(tokenizer, row["instruction"])
         ids = prompt + encode_response(tokenizer, response) + [tokenizer.eos_token_id]
         if len(ids) > max_length:
@@ -88,45 +98,37 @@ def batches(n, batch_size, epochs, seed):
         yield from (order[i:i + batch_size] for i in range(0, n, batch_size))
 
 
-def pack(items, pack_tokens):
-    """Split a step's rows into passes of at most pack_tokens tokens (a longer row has a pass of its own)."""
-    passes, size = [[]], 0
-    for item in items:
-        if passes[-1] and size + len(item["ids"]) > pack_tokens:
-            passes.append([])
-            size = 0
-        passes[-1].append(item)
-        size += len(item["ids"])
-    return passes
+def pass_loss(model, reference, items, kl, mixed=False):
+    """Loss of one packed pass, summed over its target tokens -> (loss with gradient, cross-entropy part, KL part), scalars.
 
-
-def step_loss(model, reference, items, kl, device):
-    """Summed loss of one packed pass -> (loss, ce sum, kl sum); loss has the gradient.
-
-    reference: f(tokens, cu_seqlens) -> hidden of the frozen student, called on the benign rows alone, or None."""
+    kl: benign rows get KL to the frozen student instead of cross-entropy. reference: that student as a Decoder of its
+    own, or None for `model` with its LoRA switched off. mixed: bf16 arithmetic on fp32 weights (autocast)."""
     items = sorted(items, key=lambda item: kl and item["benign"])              # KL rows stand behind the others
-    lengths = torch.tensor([len(item["ids"]) for item in items])
-    tokens = torch.tensor([t for item in items for t in item["ids"]])
-    is_target = torch.cat([torch.arange(1, len(item["ids"]) + 1) >= item["n_prompt"] for item in items])
-    is_target[lengths.cumsum(0) - 1] = False                                   # nothing follows a row's eos
-    where = is_target.nonzero().flatten()                                      # positions whose next token is learned
-    benign = torch.tensor([kl and item["benign"] for item in items]).repeat_interleave(lengths)[where]
-    cu = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
-    tokens, cu, where, benign, targets = (x.to(device) for x in (tokens, cu, where, benign, tokens[where + 1]))
-    hidden = model(tokens, cu)[where]
+    where, by_kl, start = [], [], 0
+    for item in items:
+        n = len(item["ids"])
+        where += range(start + item["n_prompt"] - 1, start + n - 1)            # position i predicts token i + 1
+        by_kl += [kl and item["benign"]] * (n - item["n_prompt"])
+        start += n
+    tokens, cu = pack_ids([item["ids"] for item in items], model.device)
+    where, by_kl = torch.tensor(where, device=model.device), torch.tensor(by_kl, device=model.device)         # (N,)
+    autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16, enabled=mixed)
+    with autocast():
+        hidden = model(tokens, cu)[where]                                      # (N, D)
     ref_hidden = None
-    if benign.any():
-        first = sum(not item["benign"] for item in items)
+    if kl and any(item["benign"] for item in items):
+        first = sum(not item["benign"] for item in items)                      # the reference reads the KL rows alone
         start = int(cu[first])
-        with torch.no_grad():
-            ref = reference(tokens[start:], cu[first:] - start)
-        ref_hidden = torch.zeros_like(hidden)
-        ref_hidden[benign] = ref[where[benign] - start]
-    loss = ce_kl_loss(hidden, model.head, targets, (~benign).float(), ref_hidden, benign.float())
-    return loss.sum(), loss.detach()[~benign].sum(), loss.detach()[benign].sum()
+        with torch.no_grad(), autocast(), contextlib.nullcontext() if reference else lora_off(model):
+            ref = (reference or model)(tokens[start:], cu[first:] - start)
+        ref_hidden = torch.zeros_like(hidden).index_put((by_kl,), ref[where[by_kl] - start].to(hidden.dtype))
+    loss = ce_kl_loss(hidden, model.head, tokens[where + 1], (~by_kl).float(), ref_hidden, by_kl.float(),
+                      ref_head=reference.head if reference else None)
+    return loss.sum(), loss.detach()[~by_kl].sum(), loss.detach()[by_kl].sum()
 
 
 def make_optimizer(name, params, lr, weight_decay):
+    """AdamW of torch, or of bitsandbytes with its state in 8 bits (InputError if that is not installed)."""
     if name == "adamw":
         return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
     try:
@@ -154,10 +156,10 @@ def checkpoint_tensors(trainable, optimizer):
             for inner, v in value.items() if isinstance(value, dict) else [(None, value)]:
                 name = f"optim.{i}.{key}" + (f"/{inner}" if inner else "")
                 tensors[name] = v if torch.is_tensor(v) else torch.tensor(v, dtype=torch.int64)
-    return {name: v.contiguous() for name, v in tensors.items()}
+    return {name: v.clone().contiguous() for name, v in tensors.items()}        # bitsandbytes shares some between parameters
 
 
-def restore(trainable, optimizer, tensors):
+def restore_checkpoint(trainable, optimizer, tensors):
     """Undo `checkpoint_tensors`."""
     saved = optimizer.state_dict()
     for name, value in tensors.items():
@@ -181,19 +183,21 @@ def main():
     p.add_argument("--model", help="student (default: the model that sample.py used)")
     p.add_argument("--data", help="rows to train on (default: OUT/guarded.jsonl)")
     p.add_argument("--kl", action="store_true", help="benign rows: forward KL to the frozen student instead of cross-entropy")
-    p.add_argument("--full", action="store_true", help="train all weights instead of LoRA")
+    p.add_argument("--full", action="store_true", help="train all weights instead of LoRA (in fp32, whatever --dtype says)")
     p.add_argument("--merge", action="store_true", help="write a merged model that transformers loads, instead of an adapter")
     g = p.add_argument_group("recipe (default: the paper's; for the tiny student its own)")
+    bounds = {"lr": (1e-12, 100), "lora_alpha": (1e-6, 1e6), "lora_dropout": (0, 0.99)}
     for key, value in PAPER.items():
+        kind = str if key == "lora_targets" else number(type(value), *bounds.get(key, (1,)))
         what = {"batch_size": "rows per optimizer step; ", "max_length": "tokens; longer rows are left out; "}.get(key, "")
-        g.add_argument("--" + key.replace("_", "-"), type=type(value), help=f"{what}paper {value}, tiny {TINY_RECIPE[key]}")
-    g.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
-    g.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
-    g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+        g.add_argument("--" + key.replace("_", "-"), type=kind, help=f"{what}paper {value}, tiny {TINY_RECIPE[key]}")
+    g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps")
+    g.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="of AdamW")
+    g.add_argument("--clip", type=number(float, 1e-9), default=1.0, help="largest norm of the gradient")
     g.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="torch's, or bitsandbytes' in 8 bits")
-    p.add_argument("--pack-tokens", type=int, default=16384, help="tokens in one pass: less needs less memory, the result stays")
-    p.add_argument("--save-every", type=int, default=50, help="optimizer steps between checkpoints")
-    p.add_argument("--seed", type=int, help="of order, initial LoRA weights and dropout (default: that of sample.py)")
+    p.add_argument("--pack-tokens", type=count, default=16384, help="tokens in one pass: fewer need less memory, the loss stays")
+    p.add_argument("--save-every", type=count, default=50, help="optimizer steps between checkpoints")
+    p.add_argument("--seed", type=seed_value, help="of order, initial LoRA weights and dropout (default: that of sample.py)")
     args = p.parse_args()
 
     run = read_run(args.out)
@@ -205,63 +209,65 @@ def main():
     name = model_name(args.model or run["sample"]["model"])
     recipe = dict(TINY_RECIPE if is_tiny(name) else PAPER)
     recipe |= {k: getattr(args, k) for k in recipe if getattr(args, k) is not None}
-    for key in ("lr", "epochs", "batch_size", "max_length", "lora_r"):
-        if recipe[key] <= 0:
-            raise InputError(f"--{key.replace('_', '-')} must be above 0")
     path = args.data or args.out / "guarded.jsonl"
     rows = read_rows(path)
     for i, row in enumerate(rows, 1):
         check_row(row, f"{path}, row {i}")
         if not isinstance(row.get("response"), str):
             raise InputError(f"{path}, row {i}: no text under 'response'")
-        row.setdefault("id", content_id(row["prompt_label"], row["instruction"], row["response"]))
+        if "steer" in row and "response_label" not in row:
+            raise InputError(f"{path}, row {i}: a trace that no guard has judged; run guard.py first")
+        row["id"] = str(row.get("id", content_id(row["prompt_label"], row["instruction"], row["response"])))
 
     dtype = torch.float32 if args.full else pick_dtype(args)               # bf16 weights would lose steps of 1e-5
     model, tokenizer = load_decoder(name, args.device, dtype)
     if lora_layers(model):
         raise InputError(f"{name} is an adapter; merge it first (train.py --merge), or train its base model")
-    items, left_out = encode_rows(rows, tokenizer, recipe["max_length"])
+    items, left_out = encode_rows(rows, tokenizer, min(recipe["max_length"], model.config.max_position_embeddings))
     if not items:
         raise InputError(f"{path}: none of its {len(rows)} rows can be trained on ({dict(left_out)})")
-    identity = {"model": model.hash, "template": content_id(tokenizer.chat_template),
-                "rows": content_id(json.dumps([(item["ids"], item["n_prompt"], item["benign"]) for item in items])),
-                **{k: v for k, v in recipe.items() if not (args.full and k.startswith("lora_"))},
-                **{k: getattr(args, k) for k in ("kl", "full", "warmup", "weight_decay", "clip", "optimizer", "seed")}}
-    stage = Stage("train", args, identity, "metrics.jsonl")
-    stage.save(model=name)
-
     torch.manual_seed(args.seed)
+    reference = None                                                       # LoRA: the model itself, switched off
     if args.full:
         model.requires_grad_(True)
         reference = load_decoder(name, args.device, dtype)[0] if args.kl else None
     else:
         add_lora(model, recipe["lora_r"], recipe["lora_alpha"], recipe["lora_dropout"], recipe["lora_targets"].split(","))
-
-        def reference(tokens, cu):
-            with lora_off(model):
-                return model(tokens, cu)
     trainable = {n: q for n, q in model.named_parameters() if q.requires_grad}
     optimizer = make_optimizer(args.optimizer, trainable.values(), recipe["lr"], args.weight_decay)
+    identity = {"model": model.hash, "dtype": str(model.head.dtype), "template": template_hash(tokenizer),
+                "rows": content_id(json.dumps([(item["ids"], item["n_prompt"], item["benign"]) for item in items])),
+                **{k: v for k, v in recipe.items() if not (args.full and k.startswith("lora_"))},
+                **{k: getattr(args, k) for k in ("kl", "full", "warmup", "weight_decay", "clip", "optimizer", "seed")}}
+    if not args.full and recipe["lora_dropout"]:                           # the masks are drawn pass by pass
+        identity["pack_tokens"] = args.pack_tokens
+    checkpoint, metrics = args.out / "checkpoint.safetensors", args.out / "metrics.jsonl"
+    state = load_state(checkpoint) if checkpoint.exists() else None
+    stage = Stage("train", args, identity, "metrics.jsonl", model=name)
     steps = list(batches(len(items), recipe["batch_size"], recipe["epochs"], args.seed))
     n_harmful = sum(not item["benign"] for item in items)
     print(f"train: {len(items)} rows ({n_harmful} harmful, {len(items) - n_harmful} benign), {len(steps)} steps, "
           f"{sum(q.numel() for q in trainable.values()):,} weights"
           + "".join(f"; left out {n} {why}" for why, n in sorted(left_out.items())))
 
-    checkpoint, metrics, start = args.out / "checkpoint.safetensors", args.out / "metrics.jsonl", 0
-    old = read_rows(metrics) if metrics.exists() else []
-    if checkpoint.exists() and old:
-        tensors, meta = load_state(checkpoint)
+    old, start = RowWriter(metrics).rows, 0                                # a last line that was cut is mended
+    if not old:                                                            # metrics.jsonl was deleted to start again
+        checkpoint.unlink(missing_ok=True)
+    elif state:
+        tensors, meta = state
         if meta["identity"] != json.loads(json.dumps(identity)):
             raise InputError(f"{checkpoint} belongs to another run; delete it to start again")
-        restore(trainable, optimizer, tensors)
+        restore_checkpoint(trainable, optimizer, tensors)
         start = meta["step"]
     write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in old[:start]))
+    log = RowWriter(metrics)
 
     def save(step):
         save_state(checkpoint, checkpoint_tensors(trainable, optimizer), {"step": step, "identity": identity})
+    mixed = args.full and model.device.type == "cuda"
     model.train()
-    with open(metrics, "a") as log, tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=None) as bar:
+    model.recompute = model.device.type == "cuda"
+    with tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=None) as bar:
         for step in range(start, len(steps)):
             began, batch = time.time(), [items[i] for i in steps[step]]
             torch.manual_seed(args.seed * 1_000_003 + step)                    # dropout belongs to the step: resuming is exact
@@ -270,9 +276,8 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = lr
             sums = torch.zeros(3, device=args.device)
-            for part in pack(batch, args.pack_tokens):
-                with torch.autocast("cuda", torch.bfloat16, enabled=args.full and torch.device(args.device).type == "cuda"):
-                    losses = step_loss(model, reference, part, args.kl, args.device)
+            for part in split_packs(batch, lambda item: len(item["ids"]), args.pack_tokens):
+                losses = pass_loss(model, reference, part, args.kl, mixed)
                 (losses[0] / n_targets).backward()
                 sums += torch.stack(losses).detach()
             norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.clip).item()
@@ -283,11 +288,10 @@ def main():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             n_tokens = sum(len(item["ids"]) for item in batch)
-            log.write(json.dumps({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
-                                  "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began))}) + "\n")
-            log.flush()
+            log.write({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
+                       "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began))})
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}")
+            bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / (time.time() - began):,.0f} tokens/s")
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
                 save(step + 1)
     if start < len(steps):

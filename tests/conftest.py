@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,15 @@ def call(script, *args):
     if done.stdout.rstrip().endswith("}"):
         done.json = json.loads(done.stdout.strip().splitlines()[-1])
     return done
+
+
+def killed_at(script, flags, path, lines, how=signal.SIGKILL):
+    """Start a script and signal it as soon as `path` has so many lines -> its exit code."""
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines):
+        time.sleep(0.001)
+    process.send_signal(how)
+    return process.wait()
 
 
 def rows_of(path):

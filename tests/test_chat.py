@@ -1,4 +1,5 @@
 """Chat encoding: the template's ids for ordinary text, and no control token out of anybody's text."""
+import functools
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from thinksafe import (
     encode_response,
     encode_text,
     fault_of,
+    has_think_tokens,
     load_tokenizer,
     opens_think,
-    thinks,
 )
 
 QWEN = ROOT.parent / "shared" / "tokenizers" / "qwen3"
@@ -67,7 +68,7 @@ def test_fuzzed_text_is_never_control(data):
     for name, path in TOKENIZERS.items():
         if not Path(path).exists():
             continue
-        tokenizer = load_tokenizer_once(path)
+        tokenizer = cached_tokenizer(path)
         words = st.sampled_from([*control_tokens(tokenizer), "<", "|", ">", "<|", "think>", " ", "\n", "a"]) | st.text(max_size=3)
         text = "".join(data.draw(st.lists(words, max_size=12)))
         if any("\ud800" <= c <= "\udfff" for c in text):
@@ -78,16 +79,12 @@ def test_fuzzed_text_is_never_control(data):
             assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-_loaded = {}
-
-
-def load_tokenizer_once(path):
-    return _loaded.setdefault(path, None) or _loaded.__setitem__(path, load_tokenizer(path)) or _loaded[path]
+cached_tokenizer = functools.lru_cache(load_tokenizer)
 
 
 def test_template_that_opens_think(tokenizer):
     """R1's template ends in <think>; a stand-in does here."""
-    assert not opens_think(tokenizer) and thinks(tokenizer)
+    assert not opens_think(tokenizer) and has_think_tokens(tokenizer)
     r1 = load_tokenizer(tokenizer.name_or_path)
     r1.chat_template = "<|im_start|>{{ messages[0].content | trim }}<|im_end|><think>\n"
     assert opens_think(r1)
@@ -105,17 +102,26 @@ def test_no_or_bad_template(tokenizer):
     chat_frame.cache_clear()
 
 
-@pytest.mark.parametrize("response, finish, opens, has_think, fault", [
-    ("<think>\na\n</think>\n\nb", "stop", False, True, None),
-    ("a\n</think>\n\nb", "stop", True, True, None),
-    ("<think>\na", "stop", False, True, "unclosed_think"),
-    ("plain answer", "stop", False, True, "unclosed_think"),
-    ("plain answer", "stop", False, False, None),
-    ("<think>\na\n</think>\n\n", "stop", False, True, "empty"),
-    ("", "stop", False, False, "empty"),
-    ("<think>\na\n</think>\n\nb", "length", False, True, "length"),
-    ("", "prompt_too_long", False, True, "prompt_too_long"),
-    ("</think> a <think> b", "stop", False, True, "unclosed_think"),
+@pytest.mark.parametrize("response, finish, fault", [
+    ("<think>\na\n</think>\n\nb", "stop", None),
+    ("a\n</think>\n\nb", "stop", None),
+    ("<think>\na", "stop", "unclosed_think"),
+    ("plain answer", "stop", "unclosed_think"),
+    ("<think>\na\n</think>\n\n", "stop", "empty"),
+    ("", "stop", "empty"),
+    ("<think>\na\n</think>\n\nb", "length", "length"),
+    ("", "prompt_too_long", "prompt_too_long"),
+    ("</think> a <think> b", "stop", "unclosed_think"),
 ])
-def test_faults(response, finish, opens, has_think, fault):
-    assert fault_of(response, finish, opens, has_think) == fault
+def test_faults(tokenizer, response, finish, fault):
+    assert fault_of(response, finish, tokenizer) == fault
+
+
+def test_faults_of_a_model_that_does_not_reason(tmp_path):
+    """Without </think> in the vocabulary a plain answer is whole; an opened <think> still has to be closed."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>")
+    plain.chat_template = "{{ messages[0].content }}"
+    assert fault_of("plain answer", "stop", plain) is None
+    assert fault_of("<think> never closed", "stop", plain) == "unclosed_think"

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from conftest import FAMILIES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sample import Sampler
 from thinksafe import (
@@ -15,6 +15,7 @@ from thinksafe import (
     lora_off,
     lora_tensors,
     merge_lora,
+    new_folder,
     rope_frequencies,
     save_decoder,
     save_lora,
@@ -78,7 +79,9 @@ def test_cached_generation_equals_full_forward(folders, family):
     ("sizes", {"num_attention_heads": 10**9}),
     ("sizes", {"num_key_value_heads": 3}),
     ("bad or missing", {"hidden_size": None}),
-    ("has shape", {"intermediate_size": 100}),
+    ("in the weights", {"intermediate_size": 100}),
+    ("is missing in the weights", {"num_hidden_layers": 3}),
+    ("missing in the model", {"num_hidden_layers": 1}),
 ])
 def test_unsupported_is_refused_by_name(folders, tmp_path, what, changes):
     _, folder = folders("llama")
@@ -88,6 +91,35 @@ def test_unsupported_is_refused_by_name(folders, tmp_path, what, changes):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=what):
         load_decoder(tmp_path, "cpu")
+
+
+def test_the_head_is_tied_only_if_the_config_says_so(folders, tmp_path):
+    """An untied model that lost its head is refused; one whose head equals its embedding keeps it through save_decoder."""
+    from transformers import AutoModelForCausalLM
+    _, folder = folders("mistral")
+    tensors = load_file(folder / "model.safetensors")
+    for name, head in (("lost", None), ("equal", tensors["model.embed_tokens.weight"].clone())):
+        (tmp_path / name).mkdir()
+        for f in folder.iterdir():
+            (tmp_path / name / f.name).write_bytes(f.read_bytes())
+        changed = {k: v for k, v in tensors.items() if k != "lm_head.weight"} | ({"lm_head.weight": head} if head is not None else {})
+        save_file(changed, tmp_path / name / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="lm_head.weight is missing"):
+        load_decoder(tmp_path / "lost", "cpu")
+    model, _ = load_decoder(tmp_path / "equal", "cpu")
+    save_decoder(model, tmp_path / "saved")
+    docs, cu = documents(1)
+    want = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").float()(docs[0][None]).logits[0]
+    assert relative(model.logits(model(docs[0], cu)), want) < 1e-4
+
+
+def test_a_crash_between_two_renames_loses_no_model(tmp_path):
+    """new_folder was killed after the old folder was put aside: the next save still has it until it has a new one."""
+    (tmp_path / "model.old").mkdir()
+    (tmp_path / "model.old" / "weights").write_text("precious")
+    with pytest.raises(OSError), new_folder(tmp_path / "model"):
+        raise OSError("disk full")
+    assert (tmp_path / "model" / "weights").read_text() == "precious"
 
 
 def test_damaged_and_missing_weights(folders, tmp_path):
@@ -137,6 +169,14 @@ def test_lora_logits_and_gradients_equal_peft(lora_pair):
     torch.testing.assert_close(again.logits(again(tokens, cu)), logits)
 
 
+@pytest.mark.parametrize("changes", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 4}}, {"target_modules": "all-linear"}, {"peft_type": "IA3"}, {"r": "8"}])
+def test_adapters_that_need_more_than_lora_are_refused(lora_pair, changes):
+    config = lora_pair[2] / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(InputError, match="adapter_config.json"):
+        load_decoder(lora_pair[2], "cpu")
+
+
 def test_lora_off_and_merge(lora_pair, folders, tmp_path):
     from transformers import AutoModelForCausalLM
     model, peft, _ = lora_pair
@@ -148,7 +188,7 @@ def test_lora_off_and_merge(lora_pair, folders, tmp_path):
     before = model.logits(model(tokens, cu)).detach()
     merge_lora(model)
     assert relative(model.logits(model(tokens, cu)), before) < 1e-4
-    save_decoder(model, tmp_path / "merged", torch.float32)
+    save_decoder(model, tmp_path / "merged")
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float()
     assert relative(hf(docs[0][None]).logits[0], before[:len(docs[0])]) < 1e-4
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(folders("qwen3")[1] / "model.safetensors").keys()

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, call, rows_of, run
+from conftest import ROOT, call, killed_at, rows_of, run
 
 
 def files(folder):
@@ -52,7 +52,7 @@ def test_run_record(small):
 def test_running_again_changes_nothing(small):
     before = {k: v for k, v in files(small).items() if k.name != "run.json"}
     for script, flags in (("sample.py", ["--limit", 60]), ("guard.py", []), ("train.py", ["--epochs", 1]), ("eval.py", ["--limit", 8])):
-        call(script, "--out", small, *flags)
+        assert call(script, "--out", small, *flags).returncode == 0
     assert {k: v for k, v in files(small).items() if k.name != "run.json"} == before
 
 
@@ -61,27 +61,17 @@ def test_two_runs_are_the_same_file(small, tmp_path):
     assert (tmp_path / "again" / "samples.jsonl").read_bytes() == (small / "samples.jsonl").read_bytes()
 
 
-def killed_at(script, flags, path, lines, how=signal.SIGKILL):
-    """Start a script and kill it as soon as `path` has so many lines -> its exit code."""
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines):
-        time.sleep(0.001)
-    os.kill(process.pid, how)
-    process.wait()
-    return process.returncode
-
-
 def test_killed_after_the_kth_row_in_each_stage(small, tmp_path):
     """SIGKILL, twice per stage, then to the end: the ids of the undisturbed run, each once."""
     def ids(path):
         return sorted((r["id"], r.get("k", 0), r.get("when")) for r in rows_of(path))
     out = tmp_path / "out"
-    for script, name, flags, stops in (("sample.py", "samples", ["--limit", 60, "--slots", 16], (1, 37)), ("guard.py", "guarded", [], (1,)),
+    for script, name, flags, stops in (("sample.py", "samples", ["--limit", 60, "--slots", 16], (1, 37)), ("guard.py", "guarded", [], (1, 20)),
                                        ("eval.py", "eval", ["--limit", 8], (5, 40))):
         if script == "eval.py":
             call("train.py", "--out", out, "--epochs", 1)
         for k in stops:
-            killed_at(script, [*flags, "--out", out], out / f"{name}.jsonl", k)
+            assert killed_at(script, [*flags, "--out", out], out / f"{name}.jsonl", k) == -signal.SIGKILL
         with open(out / f"{name}.jsonl", "ab") as f:                        # and one that was cut inside a row
             f.write(b'{"id": "half a row')
         assert call(script, *flags, "--out", out).returncode == 0
@@ -158,6 +148,82 @@ def test_a_changed_run_is_refused(small, tmp_path):
         assert message in bad(small, script, "--out", small, *flags)
 
 
+@pytest.mark.parametrize("script, flags, message", [
+    ("sample.py", ["--limit", 0], "--limit"), ("sample.py", ["--n", "x"], "--n"), ("sample.py", ["--slots", 0], "--slots"),
+    ("sample.py", ["--temperature", "nan"], "--temperature"), ("sample.py", ["--device", "cuda:9"], "no such device"), ("sample.py", ["--nonsense"], "--nonsense"),
+    ("guard.py", ["--threshold", 2], "--threshold"), ("guard.py", ["--guard", "no/such/model"], "no/such/model"),
+    ("train.py", ["--save-every", 0], "--save-every"), ("train.py", ["--lora-dropout", 2], "--lora-dropout"), ("train.py", ["--lr", "inf"], "--lr"),
+    ("train.py", ["--lora-targets", "typo"], "LoRA targets typo"), ("train.py", ["--data", "missing.jsonl"], "missing.jsonl"),
+    ("eval.py", ["--limit", 8, "--judge", "no/such"], "no/such"), ("eval.py", ["--prompts", ROOT / "tiny" / "prompts.jsonl"], "row 1: needs `set`"),
+])
+def test_bad_flags(small, script, flags, message):
+    assert message in bad(small, script, "--out", small, *flags)
+
+
+def test_broken_files_of_an_earlier_stage(small, tmp_path):
+    import shutil
+    for name, text, script, message in (("run.json", "{", "guard.py", "run.json"), ("run.json", '{"sample": 3}', "guard.py", "run.json"),
+                                        ("samples.jsonl", '{"id": "a"}\n', "guard.py", "row 1: not a row of sample.py"),
+                                        ("checkpoint.safetensors", "x", "train.py", "checkpoint.safetensors"),
+                                        ("model/adapter_model.safetensors", "x", "eval.py", "adapter_model.safetensors")):
+        out = tmp_path / name.replace("/", "_") / text[:1].strip("{") / "out"
+        shutil.copytree(small, out, dirs_exist_ok=True)
+        (out / name).write_text(text)
+        assert message in bad(out, script, "--out", out, *{"train.py": ["--epochs", 1], "eval.py": ["--limit", 8]}.get(script, []))
+
+
+def test_a_changed_chat_template_is_refused(small, tmp_path):
+    import shutil
+    student, out = tmp_path / "student", tmp_path / "out"
+    shutil.copytree(ROOT / "tiny" / "student", student)
+    assert call("sample.py", "--model", student, "--prompts", ROOT / "tiny" / "prompts.jsonl", "--out", out, "--limit", 2, "--max-new-tokens", 2).returncode == 0
+    template = student / "chat_template.jinja"
+    template.write_text("New. " + template.read_text())
+    assert "made with template" in bad(out, "sample.py", "--model", student, "--prompts", ROOT / "tiny" / "prompts.jsonl", "--out", out, "--limit", 2, "--max-new-tokens", 2)
+
+
+def test_a_model_as_judge(small, tmp_path):
+    """--judge self: the student before training says what is harmful and what a refusal is; no verdict is counted apart."""
+    import shutil
+    out = tmp_path / "out"
+    shutil.copytree(small, out)
+    done = call("eval.py", "--out", out, "--limit", 8, "--judge", "self")
+    report = json.loads((out / "eval.json").read_text())
+    assert done.returncode == 0 and report["judge"] == "self"
+    harm = report["before"]["harm"]
+    assert harm["n"] + harm["unknown"] == 16 and harm["percent"] > 50
+    assert report["after"]["pass@1"] == json.loads((small / "eval.json").read_text())["after"]["pass@1"]
+
+
+def test_sampling_from_an_adapter(small, tmp_path):
+    """The trained adapter is a model like any other: it can be sampled and asked as a guard."""
+    out = tmp_path / "second"
+    assert call("sample.py", "--model", small / "model", "--prompts", ROOT / "tiny" / "prompts.jsonl", "--limit", 4, "--out", out).returncode == 0
+    assert call("guard.py", "--out", out, "--guard", "tiny").json["rows"] == 4
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path):
+    out = tmp_path / "out"
+    first = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (out / "samples.jsonl").exists():
+            time.sleep(0.01)
+        done = call("sample.py", "--out", out)
+        assert done.returncode == 2 and "another process" in done.stderr
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_deleting_the_metrics_starts_training_again(small, tmp_path):
+    import shutil
+    out = tmp_path / "out"
+    shutil.copytree(small, out)
+    (out / "metrics.jsonl").unlink()
+    done = call("train.py", "--out", out, "--epochs", 1)
+    assert done.json["steps"] == len(rows_of(out / "metrics.jsonl")) == len(rows_of(small / "metrics.jsonl"))
+
+
 def test_nothing_left_after_the_guard(tmp_path):
     out = tmp_path / "out"
     call("sample.py", "--out", out, "--limit", 6, "--max-new-tokens", 3)     # no trace closes its reasoning
@@ -201,9 +267,10 @@ def test_help_and_kernels_package_make_no_noise(tmp_path):
     fake.mkdir()
     (fake / "__init__.py").write_text("from kernels.inner import get_kernel\n__version__ = '0.1'\n")
     (fake / "inner.py").write_text("def get_kernel(): return 'hub'\n")
-    code = "from kernels import get_kernel; from kernels.ce_kl import ce_kl_loss; assert get_kernel() == 'hub'; import transformers"
+    code = "from kernels import get_kernel; from kernels.ce_kl import ce_kl_loss; assert get_kernel() == 'hub'; import transformers, bitsandbytes.optim"
     both = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert both.returncode == 0 and not both.stderr, both.stderr
-    code = "import kernels.ce_kl, transformers; from transformers.utils import is_kernels_available; assert not is_kernels_available()"
+    code = ("import kernels.ce_kl, transformers; from transformers.utils import is_kernels_available; assert not is_kernels_available();"
+            "import bitsandbytes.optim, peft")
     alone = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert alone.returncode == 0 and not alone.stderr, alone.stderr

@@ -45,7 +45,7 @@ def test_the_last_uniform_stays_in_the_set():
     assert pick_tokens(torch.tensor([[0.0, float("-inf")]]), u, 1.0, 1.0, 0).item() == 0
 
 
-def test_greedy(tiny):
+def test_greedy():
     assert pick_tokens(torch.tensor([[1.0, 3.0, 2.0]]), torch.zeros(1).double(), 0, 0.95, 20).item() == 1
 
 

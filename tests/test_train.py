@@ -1,14 +1,24 @@
 """Masks, packing, loss, schedule, LoRA targets, checkpoints."""
 import json
+import signal
 
 import pytest
 import torch
-from conftest import ROOT, call, rows_of
+from conftest import ROOT, call, killed_at, rows_of
 from safetensors.torch import load_file
 
 from kernels.ce_kl import ce_kl_loss
-from thinksafe import add_lora, encode_prompt, load_decoder, lora_off, lora_tensors
-from train import TINY_RECIPE, batches, checkpoint_tensors, encode_rows, learning_rate, make_optimizer, pack, restore, step_loss
+from thinksafe import add_lora, encode_prompt, load_decoder, load_state, lora_off, lora_tensors, save_state, split_packs
+from train import (
+    TINY_RECIPE,
+    batches,
+    checkpoint_tensors,
+    encode_rows,
+    learning_rate,
+    make_optimizer,
+    pass_loss,
+    restore_checkpoint,
+)
 
 
 def trace(i, label="vanilla_harmful", **more):
@@ -41,10 +51,11 @@ def test_what_is_not_trained_on(model_and_items):
     tokenizer = model_and_items[1]
     rows = [trace(0), trace(1, response_label="unsafe"), trace(2, response_label="unknown", reason="no_verdict"), trace(3, keep=False, response_label="safe"),
             trace(4, finish_reason="length"), {**trace(5), "response": "<think>\nnever closed"}, {**trace(6), "response": " "},
-            {**trace(7), "response": "<think>\nx\n</think>\n\n" + "long " * 600}, trace(8, keep=True), trace(9, response_label="safe")]
+            {**trace(7), "response": "<think>\nx\n</think>\n\n" + "long " * 600}, trace(8, keep=True), trace(9, response_label="safe"),
+            trace(10, keep="true"), trace(11, keep=True, response_label="unsafe"), trace(12, finish_reason=None)]
     items, left_out = encode_rows(rows, tokenizer, 500)
     assert [item["id"] for item in items] == ["0", "8", "9"]
-    assert left_out == {"unsafe": 1, "no_verdict": 1, "safe": 1, "length": 1, "unclosed_think": 1, "empty": 1, "too_long": 1}
+    assert left_out == {"unsafe": 2, "no_verdict": 1, "not_kept": 2, "length": 1, "unclosed_think": 1, "empty": 1, "too_long": 1, "unfinished": 1}
 
 
 def by_hand(model, items, kl):
@@ -67,16 +78,12 @@ def by_hand(model, items, kl):
 @pytest.mark.parametrize("pack_tokens", [1, 150, 10**6])
 def test_packed_loss_and_gradient_equal_row_by_row(model_and_items, kl, pack_tokens):
     model, _, items = model_and_items
-
-    def reference(tokens, cu):
-        with lora_off(model):
-            return model(tokens, cu)
     params = [p for p in model.parameters() if p.requires_grad]
     want = by_hand(model, items, kl)
     grads = torch.autograd.grad(want, params)
-    passes = pack(items, pack_tokens)
-    assert sorted(i["id"] for part in passes for i in part) == sorted(i["id"] for i in items)
-    losses = [step_loss(model, reference, part, kl, "cpu") for part in passes]
+    packs = split_packs(items, lambda item: len(item["ids"]), pack_tokens)
+    assert sorted(i["id"] for part in packs for i in part) == sorted(i["id"] for i in items)
+    losses = [pass_loss(model, None, part, kl) for part in packs]
     total = sum(loss[0] for loss in losses)
     torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(sum(loss[1] + loss[2] for loss in losses), want.detach(), rtol=1e-5, atol=1e-4)
@@ -86,12 +93,40 @@ def test_packed_loss_and_gradient_equal_row_by_row(model_and_items, kl, pack_tok
         p.grad = None
 
 
+def test_recomputed_activations_give_the_same_gradients(model_and_items):
+    model, _, items = model_and_items
+    params = [p for p in model.parameters() if p.requires_grad]
+    want = torch.autograd.grad(pass_loss(model, None, items, True)[0], params)
+    model.recompute = True
+    got = torch.autograd.grad(pass_loss(model, None, items, True)[0], params)
+    assert all(torch.equal(a, b) for a, b in zip(want, got))
+
+
+def test_split_packs():
+    assert split_packs([5, 5, 5, 30, 1, 9], int, 10) == [[5, 5], [5], [30], [1, 9]] and split_packs([], int, 10) == []
+
+
+def test_full_training_has_the_reference_of_the_frozen_head(folders, model_and_items):
+    """KL of --full after the student (head included) has moved: against the untouched copy, by hand."""
+    items = [i for i in model_and_items[2] if i["benign"]]
+    student, reference = (load_decoder(folders("qwen3")[1], "cpu", torch.float32)[0] for _ in range(2))
+    with torch.no_grad():
+        for p in student.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    want = 0
+    for item in items:
+        ids, cu = torch.tensor(item["ids"]), torch.tensor([0, len(item["ids"])])
+        log_p, log_ref = (m.logits(m(ids, cu))[item["n_prompt"] - 1:-1].log_softmax(-1) for m in (student, reference))
+        want += (log_ref.exp() * (log_ref - log_p)).sum()
+    torch.testing.assert_close(pass_loss(student, reference, items, True)[0], want, rtol=1e-4, atol=1e-4)
+
+
 def test_loss_equals_transformers(folders, model_and_items):
     """Without an adapter, the step's loss is that of transformers with -100 on the prompt."""
     hf, folder = folders("qwen3")
     model, _ = load_decoder(folder, "cpu", torch.float32)
     items = model_and_items[2]
-    total = step_loss(model, None, items, False, "cpu")[0]
+    total = pass_loss(model, None, items, False)[0]
     n, want = 0, 0
     for item in items:
         ids = torch.tensor(item["ids"])[None]
@@ -104,7 +139,7 @@ def test_loss_equals_transformers(folders, model_and_items):
 
 def test_kl_to_itself_is_zero(model_and_items):
     model, _, items = model_and_items
-    loss, ce, kl = step_loss(model, model, [i for i in items if i["benign"]], True, "cpu")
+    loss, ce, kl = pass_loss(model, model, [i for i in items if i["benign"]], True)
     assert ce == 0 and abs(kl) < 1e-4
 
 
@@ -176,13 +211,14 @@ def test_kl_metrics_and_first_step(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_optimizer_state_survives_a_checkpoint(optimizer):
+def test_optimizer_state_survives_a_checkpoint(optimizer, tmp_path):
     """Three steps, saved, restored into a fresh optimizer: the fourth step is the same bit for bit."""
     if optimizer == "adamw8bit":
         pytest.importorskip("bitsandbytes")
 
     def fresh():
-        params = {"a": torch.nn.Parameter(torch.linspace(-1, 1, 64 * 128).view(64, 128)), "b": torch.nn.Parameter(torch.ones(7))}
+        params = {name: torch.nn.Parameter(torch.linspace(-1, 1, 64 * 128).view(64, 128)) for name in "ac"}    # two 8-bit states
+        params["b"] = torch.nn.Parameter(torch.ones(7))
         return params, make_optimizer(optimizer, list(params.values()), 0.01, 0.0)
 
     def step(params, opt, i):
@@ -192,40 +228,35 @@ def test_optimizer_state_survives_a_checkpoint(optimizer):
     params, opt = fresh()
     for i in range(3):
         step(params, opt, i)
-    saved = {k: v.clone() for k, v in checkpoint_tensors(params, opt).items()}
+    save_state(tmp_path / "state", checkpoint_tensors(params, opt), {"step": 3})
     step(params, opt, 3)
+    saved, meta = load_state(tmp_path / "state")
+    assert meta == {"step": 3}
     again, opt2 = fresh()
-    restore(again, opt2, saved)
+    restore_checkpoint(again, opt2, saved)
     step(again, opt2, 3)
     assert all(torch.equal(params[k], again[k]) for k in params)
 
 
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
-    """Stopped at a checkpoint and inside an interval: the same weights and the same metrics, time aside."""
+    """Killed at a checkpoint and inside an interval, then run again: the same weights and metrics (time aside)."""
     data = write(tmp_path / "rows.jsonl", ROWS)
-    common = ["--model", "tiny", "--data", data, "--epochs", 4, "--batch-size", 3, "--lora-dropout", 0.1, "--kl"]
+    common = ["--model", "tiny", "--data", data, "--epochs", 10, "--batch-size", 3, "--lora-dropout", 0.1, "--kl"]
     call("train.py", *common, "--out", tmp_path / "a", "--save-every", 1000)
-    call("train.py", *common, "--out", tmp_path / "b", "--save-every", 5)
-    checkpoint = (tmp_path / "b" / "checkpoint.safetensors")
-    assert checkpoint.exists()
-    for stop_after, seen in ((5, 7), (10, 10)):
-        import os
-        import signal
-        import subprocess
-        import sys
-        import time
-        out = tmp_path / f"c{stop_after}"
-        command = [sys.executable, str(ROOT / "train.py"), *map(str, common), "--out", str(out), "--save-every", "5"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and (not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_bytes().count(b"\n") < seen):
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        call("train.py", *common, "--out", out, "--save-every", 5)
-        strip = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows_of(out / "metrics.jsonl")]
-        assert strip == [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows_of(tmp_path / "a" / "metrics.jsonl")]
-        want, got = (load_file(x / "model" / "adapter_model.safetensors") for x in (tmp_path / "a", out))
-        assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
+
+    def metrics_of(out):
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows_of(out / "metrics.jsonl")]
+    weights, metrics = load_file(tmp_path / "a" / "model" / "adapter_model.safetensors"), metrics_of(tmp_path / "a")
+    assert len(metrics) == 40
+    for seen in (7, 10):
+        out = tmp_path / f"killed at {seen}"
+        flags = [*common, "--out", out, "--save-every", 5]
+        assert killed_at("train.py", flags, out / "metrics.jsonl", seen) == -signal.SIGKILL
+        assert len(rows_of(out / "metrics.jsonl")) < 40 and (out / "checkpoint.safetensors").exists() and not (out / "model").exists()
+        assert call("train.py", *flags).returncode == 0
+        assert metrics_of(out) == metrics
+        got = load_file(out / "model" / "adapter_model.safetensors")
+        assert got.keys() == weights.keys() and all(torch.equal(weights[k], got[k]) for k in weights)
 
 
 def test_tiny_recipe_targets_exist(tiny):

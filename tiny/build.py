@@ -33,8 +33,10 @@ from thinksafe import (
     encode_response,
     load_decoder,
     load_tokenizer,
+    pack_ids,
     read_config,
     read_rows,
+    steered,
 )
 from tiny import world
 
@@ -143,7 +145,7 @@ EXAMPLES = {"student": student_example, "teacher": teacher_example, "guard": gua
 QWEN = dict(model_type="qwen3", hidden_size=128, head_dim=32, num_attention_heads=4, intermediate_size=384)
 SHAPES = {      # sizes, and how many tokens it is trained on
     "student": dict(**QWEN, num_hidden_layers=4, num_key_value_heads=2, tokens=11e6),
-    "teacher": dict(**QWEN, num_hidden_layers=5, num_key_value_heads=4, tokens=6e6),
+    "teacher": dict(**QWEN, num_hidden_layers=5, num_key_value_heads=4, tokens=3e6),
     "guard": dict(model_type="llama", hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=2,
                   intermediate_size=192, num_hidden_layers=2, tokens=3e6),
 }
@@ -191,16 +193,15 @@ def write_configs(folder, shape, tokenizer):
 
 def batch(rng, acts, example, tokenizer, n):
     """n examples, packed: tokens (T,), cu_seqlens, targets (T,), weight (T,) - 1 on the response, 0.1 on the prompt."""
-    tokens, cu, weight = [], [0], []
+    rows, weight = [], []
     for _ in range(n):
         prompt, response, thinking = example(rng, acts)
         p = encode_prompt(tokenizer, prompt, thinking)
         r = encode_response(tokenizer, response) + [tokenizer.eos_token_id]
-        tokens += p + r
+        rows.append(p + r)
         weight += [0.1] * (len(p) - 1) + [1.0] * len(r) + [0.0]
-        cu.append(len(tokens))
-    tokens, weight = torch.tensor(tokens), torch.tensor(weight)
-    return tokens, torch.tensor(cu), torch.where(weight > 0, tokens.roll(-1), -100), weight
+    (tokens, cu), weight = pack_ids(rows), torch.tensor(weight)
+    return tokens, cu, torch.where(weight > 0, tokens.roll(-1), -100), weight
 
 
 def train(name, seed, batch_size=64):
@@ -262,7 +263,7 @@ def check(n=400):
             for name, rows in sets.items():
                 if steer != "none" and "harmful" not in name:
                     continue
-                ids = [encode_prompt(sampler.tokenizer, STEER[steer].replace("{prompt}", r["instruction"])) for r in rows]
+                ids = [encode_prompt(sampler.tokenizer, steered(r["instruction"], steer)) for r in rows]
                 done = [(rows[c.index], decode_response(sampler.tokenizer, c.tokens, sampler.model.eos_ids), c.finish_reason)
                         for c in sampler.generate(ids, max_new_tokens=256)]
                 stopped = sum(reason == "stop" for *_, reason in done) / len(rows)
