@@ -60,7 +60,7 @@ from thinksafe import (
 # The paper's recipe (Table 4 and appendix), and what the tiny student needs instead.
 PAPER = {"lr": 1e-5, "epochs": 3, "batch_size": 8, "max_length": 16384, "lora_r": 32, "lora_alpha": 16.0,
          "lora_dropout": 0.05, "lora_targets": "q_proj,v_proj"}
-TINY_RECIPE = {**PAPER, "lr": 1e-3, "batch_size": 16, "max_length": 2048, "lora_dropout": 0.0,
+TINY_RECIPE = {**PAPER, "lr": 2e-4, "batch_size": 16, "max_length": 2048, "lora_dropout": 0.0,
                "lora_targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"}
 
 

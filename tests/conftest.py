@@ -14,6 +14,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"            # kernels run in Triton's interpreter; read when triton is imported
+
 from thinksafe import load_decoder
 
 FAMILIES = {

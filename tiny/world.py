@@ -233,7 +233,7 @@ def train_prompts(seed=0, n=300):
     return rows
 
 
-def eval_prompts(seed=0, n=600, n_reasoning=1000):
+def eval_prompts(seed=0, n=600, n_reasoning=2000):
     """{set name: rows} over acts that no training prompt has."""
     rng = random.Random(f"eval {seed}")
     _, acts = split_acts()
