@@ -150,7 +150,7 @@ def test_a_changed_run_is_refused(small, tmp_path):
 
 @pytest.mark.parametrize("script, flags, message", [
     ("sample.py", ["--limit", 0], "--limit"), ("sample.py", ["--n", "x"], "--n"), ("sample.py", ["--slots", 0], "--slots"),
-    ("sample.py", ["--temperature", "nan"], "--temperature"), ("sample.py", ["--device", "cuda:9"], "no such device"), ("sample.py", ["--nonsense"], "--nonsense"),
+    ("sample.py", ["--temperature", "nan"], "need temperature"), ("sample.py", ["--device", "cuda:9"], "no such device"), ("sample.py", ["--nonsense"], "--nonsense"),
     ("guard.py", ["--threshold", 2], "--threshold"), ("guard.py", ["--guard", "no/such/model"], "no/such/model"),
     ("train.py", ["--save-every", 0], "--save-every"), ("train.py", ["--lora-dropout", 2], "--lora-dropout"), ("train.py", ["--lr", "inf"], "--lr"),
     ("train.py", ["--lora-targets", "typo"], "LoRA targets typo"), ("train.py", ["--data", "missing.jsonl"], "missing.jsonl"),
@@ -163,7 +163,7 @@ def test_bad_flags(small, script, flags, message):
 def test_broken_files_of_an_earlier_stage(small, tmp_path):
     import shutil
     for name, text, script, message in (("run.json", "{", "guard.py", "run.json"), ("run.json", '{"sample": 3}', "guard.py", "run.json"),
-                                        ("samples.jsonl", '{"id": "a"}\n', "guard.py", "row 1: not a row of sample.py"),
+                                        ("samples.jsonl", '{"id": "a"}\n', "guard.py", "samples.jsonl, row 1"),
                                         ("checkpoint.safetensors", "x", "train.py", "checkpoint.safetensors"),
                                         ("model/adapter_model.safetensors", "x", "eval.py", "adapter_model.safetensors")):
         out = tmp_path / name.replace("/", "_") / text[:1].strip("{") / "out"
