@@ -7,7 +7,8 @@ out/guarded.jsonl -> the student fine-tuned on (original prompt -> own safe trac
     python train.py --data my_rows.jsonl   # any rows with instruction, response, prompt_label
 
 Rows are packed without padding and do not see each other. The loss of a step is summed over its target
-tokens and divided by their number, however many passes it took: packing changes speed, not the result.
+tokens and divided by their number, however many passes it took: packing changes speed, not the loss (up to
+rounding, and to which dropout mask a pass draws).
 """
 import contextlib
 import functools
