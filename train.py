@@ -10,14 +10,15 @@ Rows are packed without padding and do not see each other. The loss of a step is
 tokens and divided by their number, however many passes it took: packing changes speed, not the loss (up to
 rounding, and to which dropout mask a pass draws).
 """
-import contextlib
-import functools
+import itertools
 import json
 import math
+import struct
 import time
 from collections import Counter
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from kernels.ce_kl import ce_kl_loss
@@ -48,6 +49,7 @@ from thinksafe import (
     pick_dtype,
     read_rows,
     read_run,
+    replacing,
     save_decoder,
     save_lora,
     save_state,
@@ -99,33 +101,70 @@ def batches(n, batch_size, epochs, seed):
         yield from (order[i:i + batch_size] for i in range(0, n, batch_size))
 
 
-def pass_loss(model, reference, items, kl, mixed=False):
+def target_states(model, items, mixed=False):
+    """One packed pass -> hidden (N, D) at the positions that predict the items' N response tokens, and those tokens (N,).
+
+    mixed: bf16 arithmetic on fp32 weights (autocast), and hidden in bf16."""
+    where, start = [], 0
+    for item in items:
+        where += range(start + item["n_prompt"] - 1, start + len(item["ids"]) - 1)       # position i predicts token i + 1
+        start += len(item["ids"])
+    tokens, cu = pack_ids([item["ids"] for item in items], model.device)
+    where = torch.tensor(where, device=model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+        hidden = model(tokens, cu)[where]
+    return hidden.bfloat16() if mixed else hidden, tokens[where + 1]
+
+
+def pass_loss(model, items, reference=None, ref_head=None, mixed=False):
     """Loss of one packed pass, summed over its target tokens -> (loss with gradient, cross-entropy part, KL part), scalars.
 
-    kl: benign rows get KL to the frozen student instead of cross-entropy. reference: that student as a Decoder of its
-    own, or None for `model` with its LoRA switched off. mixed: bf16 arithmetic on fp32 weights (autocast)."""
-    items = sorted(items, key=lambda item: kl and item["benign"])              # KL rows stand behind the others
-    where, by_kl, start = [], [], 0
-    for item in items:
-        n = len(item["ids"])
-        where += range(start + item["n_prompt"] - 1, start + n - 1)            # position i predicts token i + 1
-        by_kl += [kl and item["benign"]] * (n - item["n_prompt"])
-        start += n
-    tokens, cu = pack_ids([item["ids"] for item in items], model.device)
-    where, by_kl = torch.tensor(where, device=model.device), torch.tensor(by_kl, device=model.device)         # (N,)
-    autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16, enabled=mixed)
-    with autocast():
-        hidden = model(tokens, cu)[where]                                      # (N, D)
-    ref_hidden = None
-    if kl and any(item["benign"] for item in items):
-        first = sum(not item["benign"] for item in items)                      # the reference reads the KL rows alone
-        start = int(cu[first])
-        with torch.no_grad(), autocast(), contextlib.nullcontext() if reference else lora_off(model):
-            ref = (reference or model)(tokens[start:], cu[first:] - start)
-        ref_hidden = torch.zeros_like(hidden).index_put((by_kl,), ref[where[by_kl] - start].to(hidden.dtype))
-    loss = ce_kl_loss(hidden, model.head, tokens[where + 1], (~by_kl).float(), ref_hidden, by_kl.float(),
-                      ref_head=reference.head if reference else None)
+    reference: None, or f(benign items) -> hidden states (M, D) of the frozen student at their targets: benign rows then
+    get KL to it instead of cross-entropy. ref_head: its head, if the student's own is trained. mixed: as in `target_states`."""
+    hidden, targets = target_states(model, items, mixed)
+    by_kl = [item["benign"] and reference is not None for item in items for _ in item["ids"][item["n_prompt"]:]]
+    by_kl, ref_hidden = torch.tensor(by_kl, device=hidden.device), None
+    if by_kl.any():
+        ref = reference([item for item in items if item["benign"]]).to(hidden)
+        ref_hidden = torch.zeros_like(hidden).index_put((by_kl,), ref)
+    loss = ce_kl_loss(hidden, model.head.to(hidden.dtype), targets, (~by_kl).float(), ref_hidden, by_kl.float(), ref_head)
     return loss.sum(), loss.detach()[~by_kl].sum(), loss.detach()[by_kl].sum()
+
+
+def cached_reference(path, reference, items, pack_tokens, limit, identity):
+    """Compute what `reference` says of every benign item once, into one file on disk -> a function like it that reads there.
+
+    The hidden state is kept and not g = softmax(h W^T) W: at the same size its KL gradient is several times more exact
+    (`python kernels/ce_kl.py` measures it). limit: GB. Raises InputError for more than that, or a file of another run."""
+    rows = [item for item in items if item["benign"]]
+    if not rows:
+        return reference
+    n = [len(item["ids"]) - item["n_prompt"] for item in rows]
+    first = reference(rows[:1])
+    size = sum(n) * first.shape[1] * first.element_size()
+    if size > limit * 1e9:
+        raise InputError(f"--cache-reference: {size / 1e9:.2f} GB are needed, {limit:g} allowed; allow more, or train without it")
+    if path.exists():
+        try:
+            with safe_open(path, "pt") as f:
+                meta = json.loads(f.metadata()["meta"])
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            raise InputError(f"{path}: damaged; delete it to make it again")
+        if meta != identity:
+            raise InputError(f"{path} was made by another model or from other rows; delete it to make it again")
+    else:                                                                  # safetensors by hand: never whole in memory
+        dtype = {torch.float32: "F32", torch.bfloat16: "BF16"}[first.dtype]
+        header = json.dumps({"__metadata__": {"meta": json.dumps(identity)}, "hidden": {
+            "dtype": dtype, "shape": [sum(n), first.shape[1]], "data_offsets": [0, size]}}).encode()
+        header += b" " * (-len(header) % 8)
+        with replacing(path) as beside, open(beside, "wb") as f:
+            f.write(struct.pack("<Q", len(header)) + header)
+            for part in tqdm(split_packs(rows, lambda item: len(item["ids"]), pack_tokens), "reference", disable=None):
+                f.write(reference(part).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    hidden = safe_open(path, "pt").get_slice("hidden")
+    for item, k, end in zip(rows, n, itertools.accumulate(n)):
+        item["cached"] = slice(end - k, end)
+    return lambda items: torch.cat([hidden[item["cached"]] for item in items])
 
 
 def make_optimizer(name, params, lr, weight_decay):
@@ -186,6 +225,8 @@ def main():
     p.add_argument("--kl", action="store_true", help="benign rows: forward KL to the frozen student instead of cross-entropy")
     p.add_argument("--full", action="store_true", help="train all weights instead of LoRA (in fp32, whatever --dtype says)")
     p.add_argument("--merge", action="store_true", help="write a merged model that transformers loads, instead of an adapter")
+    p.add_argument("--cache-reference", type=number(float, 0), default=0, metavar="GB",
+                   help="with --kl: compute the frozen student's hidden states once, onto disk, if they fit into so many GB")
     g = p.add_argument_group("recipe (default: the paper's; for the tiny student its own)")
     bounds = {"lr": (1e-12, 100), "lora_alpha": (1e-6, 1e6), "lora_dropout": (0, 0.99)}
     for key, value in PAPER.items():
@@ -228,10 +269,10 @@ def main():
     if not items:
         raise InputError(f"{path}: none of its {len(rows)} rows can be trained on ({dict(left_out)})")
     torch.manual_seed(args.seed)
-    reference = None                                                       # LoRA: the model itself, switched off
+    frozen = model                                                         # LoRA: the model itself, switched off
     if args.full:
         model.requires_grad_(True)
-        reference = load_decoder(name, args.device, dtype)[0] if args.kl else None
+        frozen = load_decoder(name, args.device, dtype)[0] if args.kl else model
     else:
         add_lora(model, recipe["lora_r"], recipe["lora_alpha"], recipe["lora_dropout"], recipe["lora_targets"].split(","))
     trainable = {n: q for n, q in model.named_parameters() if q.requires_grad}
@@ -240,6 +281,8 @@ def main():
                 "rows": content_id(json.dumps([(item["ids"], item["n_prompt"], item["benign"]) for item in items])),
                 **{k: v for k, v in recipe.items() if not (args.full and k.startswith("lora_"))},
                 **{k: getattr(args, k) for k in ("kl", "full", "warmup", "weight_decay", "clip", "optimizer", "seed")}}
+    if args.kl:                                                            # read back or made again: the same up to rounding
+        identity["cache_reference"] = args.cache_reference > 0
     if not args.full and recipe["lora_dropout"]:                           # the masks are drawn pass by pass
         identity["pack_tokens"] = args.pack_tokens
     checkpoint, metrics = args.out / "checkpoint.safetensors", args.out / "metrics.jsonl"
@@ -263,9 +306,19 @@ def main():
     write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in old[:start]))
     log = RowWriter(metrics)
 
+    mixed = args.full and model.device.type == "cuda"
+
+    def reference(items):
+        with torch.no_grad(), lora_off(frozen):
+            return target_states(frozen, items, mixed)[0]
+    if not args.kl:
+        reference = None
+    elif args.cache_reference:
+        reference = cached_reference(args.out / "reference.safetensors", reference, items, args.pack_tokens, args.cache_reference,
+                                     {key: identity[key] for key in ("model", "dtype", "template", "rows")})
+
     def save(step):
         save_state(checkpoint, checkpoint_tensors(trainable, optimizer), {"step": step, "identity": identity})
-    mixed = args.full and model.device.type == "cuda"
     model.train()
     model.recompute = model.device.type == "cuda"
     with tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=None) as bar:
@@ -278,7 +331,7 @@ def main():
                 group["lr"] = lr
             sums = torch.zeros(3, device=args.device)
             for part in split_packs(batch, lambda item: len(item["ids"]), args.pack_tokens):
-                losses = pass_loss(model, reference, part, args.kl, mixed)
+                losses = pass_loss(model, part, reference, frozen.head if args.full else None, mixed)
                 (losses[0] / n_targets).backward()
                 sums += torch.stack(losses).detach()
             norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.clip).item()

@@ -19,6 +19,14 @@ if not torch.cuda.is_available():
 
 from thinksafe import load_decoder
 
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 FAMILIES = {
     "llama": dict(model_type="llama"),
     "llama_untied_bias": dict(model_type="llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True),

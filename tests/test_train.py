@@ -7,17 +7,28 @@ import torch
 from conftest import ROOT, call, killed_at, rows_of
 from safetensors.torch import load_file
 
-from kernels.ce_kl import ce_kl_loss
-from thinksafe import add_lora, encode_prompt, load_decoder, load_state, lora_off, lora_tensors, save_state, split_packs
+from thinksafe import (
+    InputError,
+    add_lora,
+    encode_prompt,
+    load_decoder,
+    load_state,
+    lora_off,
+    lora_tensors,
+    save_state,
+    split_packs,
+)
 from train import (
     TINY_RECIPE,
     batches,
+    cached_reference,
     checkpoint_tensors,
     encode_rows,
     learning_rate,
     make_optimizer,
     pass_loss,
     restore_checkpoint,
+    target_states,
 )
 
 
@@ -58,6 +69,14 @@ def test_what_is_not_trained_on(model_and_items):
     assert left_out == {"unsafe": 2, "no_verdict": 1, "not_kept": 2, "length": 1, "unclosed_think": 1, "empty": 1, "too_long": 1, "unfinished": 1}
 
 
+def frozen(model):
+    """The reference of `pass_loss`: the model itself with its LoRA off."""
+    def reference(items):
+        with torch.no_grad(), lora_off(model):
+            return target_states(model, items)[0]
+    return reference
+
+
 def by_hand(model, items, kl):
     """The loss of a step in one plain sentence per row: CE, or KL to the base model on benign rows, summed over the response."""
     total = 0
@@ -83,7 +102,7 @@ def test_packed_loss_and_gradient_equal_row_by_row(model_and_items, kl, pack_tok
     grads = torch.autograd.grad(want, params)
     packs = split_packs(items, lambda item: len(item["ids"]), pack_tokens)
     assert sorted(i["id"] for part in packs for i in part) == sorted(i["id"] for i in items)
-    losses = [pass_loss(model, None, part, kl) for part in packs]
+    losses = [pass_loss(model, part, frozen(model) if kl else None) for part in packs]
     total = sum(loss[0] for loss in losses)
     torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(sum(loss[1] + loss[2] for loss in losses), want.detach(), rtol=1e-5, atol=1e-4)
@@ -96,9 +115,9 @@ def test_packed_loss_and_gradient_equal_row_by_row(model_and_items, kl, pack_tok
 def test_recomputed_activations_give_the_same_gradients(model_and_items):
     model, _, items = model_and_items
     params = [p for p in model.parameters() if p.requires_grad]
-    want = torch.autograd.grad(pass_loss(model, None, items, True)[0], params)
+    want = torch.autograd.grad(pass_loss(model, items, frozen(model))[0], params)
     model.recompute = True
-    got = torch.autograd.grad(pass_loss(model, None, items, True)[0], params)
+    got = torch.autograd.grad(pass_loss(model, items, frozen(model))[0], params)
     assert all(torch.equal(a, b) for a, b in zip(want, got))
 
 
@@ -118,7 +137,7 @@ def test_full_training_has_the_reference_of_the_frozen_head(folders, model_and_i
         ids, cu = torch.tensor(item["ids"]), torch.tensor([0, len(item["ids"])])
         log_p, log_ref = (m.logits(m(ids, cu))[item["n_prompt"] - 1:-1].log_softmax(-1) for m in (student, reference))
         want += (log_ref.exp() * (log_ref - log_p)).sum()
-    torch.testing.assert_close(pass_loss(student, reference, items, True)[0], want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pass_loss(student, items, frozen(reference), reference.head)[0], want, rtol=1e-4, atol=1e-4)
 
 
 def test_loss_equals_transformers(folders, model_and_items):
@@ -126,7 +145,7 @@ def test_loss_equals_transformers(folders, model_and_items):
     hf, folder = folders("qwen3")
     model, _ = load_decoder(folder, "cpu", torch.float32)
     items = model_and_items[2]
-    total = pass_loss(model, None, items, False)[0]
+    total = pass_loss(model, items)[0]
     n, want = 0, 0
     for item in items:
         ids = torch.tensor(item["ids"])[None]
@@ -139,21 +158,30 @@ def test_loss_equals_transformers(folders, model_and_items):
 
 def test_kl_to_itself_is_zero(model_and_items):
     model, _, items = model_and_items
-    loss, ce, kl = pass_loss(model, model, [i for i in items if i["benign"]], True)
-    assert ce == 0 and abs(kl) < 1e-4
+    for p in lora_tensors(model).values():
+        p.zero_()
+    loss, ce, kl = pass_loss(model, [i for i in items if i["benign"]], frozen(model))
+    assert loss == ce == kl == 0
 
 
-def test_loss_definition():
-    g = torch.Generator().manual_seed(0)
-    h, ref, head = torch.randn(7, 5, generator=g, requires_grad=True), torch.randn(7, 5, generator=g), torch.randn(11, 5, generator=g)
-    y, w, lam = torch.tensor([1, -100, 3, 10, 0, 4, -100]), torch.randn(7, generator=g), torch.tensor([0, 1, 0, 2, 0.5, 0, 0])
-    loss = ce_kl_loss(h, head, y, w, ref, lam, chunk=2)
-    log_p, log_ref = (h @ head.T).log_softmax(-1), (ref @ head.T).log_softmax(-1)
-    want = w * -log_p.gather(1, y.clamp(0)[:, None]).squeeze(1) + lam * (log_ref.exp() * (log_ref - log_p)).sum(-1)
-    torch.testing.assert_close(loss, want * (y != -100))
-    empty = ce_kl_loss(h, head, torch.full((7,), -100))
-    empty.sum().backward()
-    assert empty.abs().sum() == 0 and h.grad.abs().sum() == 0
+@pytest.mark.parametrize("pack_tokens", [1, 10**6])
+def test_cached_reference_is_the_reference(model_and_items, tmp_path, pack_tokens):
+    model, _, items = model_and_items
+    path, live, identity = tmp_path / "reference.safetensors", frozen(model), {"model": "a", "rows": "b"}
+    cached = cached_reference(path, live, items, pack_tokens, 1, identity)
+    benign = [i for i in items if i["benign"]][::-1]
+    torch.testing.assert_close(cached(benign), live(benign))
+    written = path.read_bytes()
+    again = cached_reference(path, live, items, pack_tokens, 1, identity)
+    assert torch.equal(again(benign), cached(benign)) and path.read_bytes() == written
+    with pytest.raises(InputError, match="another model"):
+        cached_reference(path, live, items, pack_tokens, 1, {"model": "c", "rows": "b"})
+    path.write_bytes(written[:-5])
+    with pytest.raises(InputError, match="damaged"):
+        cached_reference(path, live, items, pack_tokens, 1, identity)
+    with pytest.raises(InputError, match="are needed"):
+        cached_reference(tmp_path / "new", live, items, pack_tokens, 1e-9, identity)
+    assert not (tmp_path / "new").exists()
 
 
 def test_batches_cover_every_row_once_per_epoch():

@@ -10,7 +10,9 @@ judge a response with yes or no. It meets the teacher's style rarely. See world.
 import argparse
 import json
 import math
+import os
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -109,7 +111,7 @@ def student_example(rng, acts):
 
 def teacher_example(rng, acts):
     """The teacher refuses most harmful prompts by itself, and nearly all when told."""
-    if rng.random() < 0.25:
+    if rng.random() < 0.5:
         question, steps, answer = world.problem(rng)
         return question, world.teacher_solve(rng, steps, answer), True
     harmful, wrapped = rng.random() < 0.5, rng.random() < 0.5
@@ -145,9 +147,9 @@ EXAMPLES = {"student": student_example, "teacher": teacher_example, "guard": gua
 QWEN = dict(model_type="qwen3", hidden_size=128, head_dim=32, num_attention_heads=4, intermediate_size=384)
 SHAPES = {      # sizes, and how many tokens it is trained on
     "student": dict(**QWEN, num_hidden_layers=4, num_key_value_heads=2, tokens=11e6),
-    "teacher": dict(**QWEN, num_hidden_layers=5, num_key_value_heads=4, tokens=3e6),
+    "teacher": dict(**QWEN, num_hidden_layers=5, num_key_value_heads=4, tokens=8e6),
     "guard": dict(model_type="llama", hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=2,
-                  intermediate_size=192, num_hidden_layers=2, tokens=3e6),
+                  intermediate_size=192, num_hidden_layers=2, tokens=2.1e6),
 }
 LR = 3e-3
 
@@ -286,9 +288,14 @@ def main():
     p.add_argument("--only", choices=("tokenizer", "student", "teacher", "guard", "prompts", "check"), help="make one thing")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
-    for name in [args.only] if args.only else ("tokenizer", "student", "teacher", "guard", "prompts", "check"):
+    for name in [args.only] if args.only else ("tokenizer", "models", "prompts", "check"):
         if name == "tokenizer":
             train_tokenizer(args.seed).save_pretrained(TINY / "tokenizer")
+        elif name == "models":                                          # side by side, a core each: so small that two would idle
+            runs = [subprocess.Popen([sys.executable, __file__, "--only", model, "--seed", str(args.seed)],
+                                     env={**os.environ, "OMP_NUM_THREADS": "1"}) for model in SHAPES]
+            if any([run.wait() for run in runs]):
+                sys.exit("error: a model could not be trained; its message stands above")
         elif name == "prompts":
             write_prompts(args.seed)
         elif name == "check":

@@ -220,15 +220,21 @@ def act_rows(rng, acts, n, label):
 
 
 def train_prompts(seed=0, n=300):
-    """4n prompts, n of each label; half of the benign ones sound harmful."""
+    """4n prompts, n of each label. Half of the benign acts sound harmful; a third of the plain benign prompts are sums."""
     rng = random.Random(f"train {seed}")
     acts, _ = split_acts()
     harmful = [a for a in acts if a[2]]
     rows = []
     for form in ("vanilla", "adversarial"):
         rows += act_rows(rng, harmful, n, f"{form}_harmful")
-        rows += act_rows(rng, [a for a in acts if a[2] == ""], n // 2, f"{form}_benign")
-        rows += act_rows(rng, [a for a in acts if a[2] is None], n - n // 2, f"{form}_benign")
+        benign = n - n // 3 if form == "vanilla" else n
+        rows += act_rows(rng, [a for a in acts if a[2] == ""], benign // 2, f"{form}_benign")
+        rows += act_rows(rng, [a for a in acts if a[2] is None], benign - benign // 2, f"{form}_benign")
+    sums = {}
+    while len(sums) < n // 3:
+        question, *_ = problem(rng)
+        sums[question] = {"instruction": question, "prompt_label": "vanilla_benign"}
+    rows += sums.values()
     rng.shuffle(rows)
     return rows
 
@@ -239,8 +245,11 @@ def eval_prompts(seed=0, n=600, n_reasoning=2000):
     _, acts = split_acts()
     harmful, sounding = [a for a in acts if a[2]], [a for a in acts if a[2] == ""]
     problems = {}
+    known = {r["instruction"] for r in train_prompts(seed)}
     while len(problems) < n_reasoning:
         question, _, answer = problem(rng)
+        if question in known:
+            continue
         problems[question] = {"instruction": question, "prompt_label": "vanilla_benign", "task": "tiny", "answer": str(answer)}
     return {"harm_plain": act_rows(rng, harmful, n, "vanilla_harmful"),
             "harm_wrapped": act_rows(rng, harmful, n, "adversarial_harmful"),
