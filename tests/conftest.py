@@ -111,7 +111,8 @@ def call(script, *args):
 
 def killed_at(script, flags, path, lines, how=signal.SIGKILL):
     """Start a script and signal it as soon as `path` has so many lines -> its exit code."""
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))     # a shell's & ignores it
     while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines):
         time.sleep(0.001)
     process.send_signal(how)
