@@ -331,7 +331,7 @@ def main():
                 group["lr"] = lr
             sums = torch.zeros(3, device=args.device)
             for part in split_packs(batch, lambda item: len(item["ids"]), args.pack_tokens):
-                losses = pass_loss(model, part, reference, frozen.head if args.full else None, mixed)
+                losses = pass_loss(model, part, reference, frozen.head if frozen is not model else None, mixed)
                 (losses[0] / n_targets).backward()
                 sums += torch.stack(losses).detach()
             norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.clip).item()

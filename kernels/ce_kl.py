@@ -185,7 +185,7 @@ if triton is not None:
 
 def _launch(mode, h, head, y, r, head_r, shift, coef=None):
     """mode "loss", "grad" or "dlogits" -> out (C or 2C, V) in h's dtype or None, stat, z_y; see the kernel."""
-    (C, D), V, ref = h.shape, len(head), r is not None
+    (C, D), V, ref, two = h.shape, len(head), r is not None, head_r is not head
     if h.dtype == torch.float32:                                          # CUDA cores, not TF32
         BC, BV, BD, warps, stages = 64, 64, 32, 4, 3
     elif not h.is_cuda or torch.cuda.get_device_properties(h.device).shared_memory_per_block_optin > 2**17:
@@ -202,7 +202,7 @@ def _launch(mode, h, head, y, r, head_r, shift, coef=None):
     _head_kernel[(triton.cdiv(C, BC) * tiles,)](
         h, r if ref else h, head, head_r, y.int(), shift, shift if coef is None else coef, z_y if out is None else out,
         stat, z_y, C, V, head.stride(0), head_r.stride(0), 0 if out is None else out.stride(0), D=D, REF=ref,
-        TWO=head_r is not head, MODE=mode, BC=BC, BV=BV, BD=BD, num_warps=warps, num_stages=stages)
+        TWO=two, MODE=mode, BC=BC, BV=BV, BD=BD, num_warps=warps, num_stages=stages)
     return out, stat, z_y
 
 

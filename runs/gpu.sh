@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU: correctness, then the loss, the sampler and the training loop at the shape of Qwen3-0.6B.
-# Random weights, no download, under 8 minutes. Each step has its own time limit, and one that fails does not stop the others.
+# Random weights, no download, meant for 8 minutes. Each step has a time limit, and one that fails does not stop the others.
 #
 #     bash runs/gpu.sh [FOLDER]        # logs and figures into FOLDER (default out/gpu); what was seen is kept in runs/gpu.md
 set -uo pipefail

@@ -291,7 +291,7 @@ def main():
     for name in [args.only] if args.only else ("tokenizer", "models", "prompts", "check"):
         if name == "tokenizer":
             train_tokenizer(args.seed).save_pretrained(TINY / "tokenizer")
-        elif name == "models":                                          # side by side, a core each: so small that two would idle
+        elif name == "models":                                          # side by side, one thread each: too small for more
             runs = [subprocess.Popen([sys.executable, __file__, "--only", model, "--seed", str(args.seed)],
                                      env={**os.environ, "OMP_NUM_THREADS": "1"}) for model in SHAPES]
             if any([run.wait() for run in runs]):
