@@ -261,6 +261,8 @@ def main():
             raise InputError(f"{path}, row {i}: a trace that no guard has judged; run guard.py first")
         row["id"] = str(row.get("id", content_id(row["prompt_label"], row["instruction"], row["response"])))
 
+    if args.cache_reference and not args.kl:
+        raise InputError("--cache-reference keeps the reference of --kl, which is not asked for")
     dtype = torch.float32 if args.full else pick_dtype(args)               # bf16 weights would lose steps of 1e-5
     model, tokenizer = load_decoder(name, args.device, dtype)
     if lora_layers(model):
@@ -315,7 +317,7 @@ def main():
         reference = None
     elif args.cache_reference:
         reference = cached_reference(args.out / "reference.safetensors", reference, items, args.pack_tokens, args.cache_reference,
-                                     {key: identity[key] for key in ("model", "dtype", "template", "rows")})
+                                     {key: identity[key] for key in ("model", "dtype", "template", "rows")} | {"mixed": mixed})
 
     def save(step):
         save_state(checkpoint, checkpoint_tensors(trainable, optimizer), {"step": step, "identity": identity})
