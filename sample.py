@@ -13,6 +13,8 @@ each prompt, in order of finishing.
 """
 import hashlib
 import json
+import math
+import mmap
 import sys
 import time
 from collections import Counter
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from kernels.decode_attention import decode_attention, quantise, slot_attention
 from thinksafe import (
     LABELS,
     STEER,
@@ -47,34 +50,68 @@ from thinksafe import (
     read_prompts,
     row_key,
     seed_value,
+    split_packs,
     steered,
     template_hash,
 )
 
 
 class Completion(NamedTuple):
-    index: int            # of the prompt
-    tokens: list          # sampled token ids, the closing eos included
-    finish_reason: str    # "stop" (eos), "length" (budget or context spent), "prompt_too_long" (no token sampled)
+    index: int                        # of the prompt
+    tokens: list                      # sampled token ids, the closing eos included
+    finish_reason: str                # "stop" (eos), "length" (budget, context or memory spent), "prompt_too_long"
+    logprobs: list | None = None      # of each token under softmax(logits / temperature), if asked for
 
 
-def pick_tokens(logits, u, temperature, top_p, top_k):
+NOT_FINITE, NOT_FOUND = -1, -2        # in place of a token
+
+
+def _place(p, u):
+    """Where the running sum of p (n, k) fp64, scaled to end in 1, passes u (n,) -> place (n,), and u's share of that step.
+
+    The sum ends in exactly 1 and u < 1, so the place is never one whose p is 0."""
+    cdf = p.cumsum(-1)
+    cdf = cdf / cdf[:, -1:]
+    place = torch.searchsorted(cdf, u[:, None], right=True).clamp(max=p.shape[-1] - 1)       # nan: k
+    high, step = cdf.gather(-1, place)[:, 0], (p / p.sum(-1, keepdim=True)).gather(-1, place)[:, 0]
+    return place[:, 0], (1 - (high - u) / step).clamp(0, 1 - 2**-53)
+
+
+def _topk(x, k):
+    """torch.topk over rows of many thousands: the k best lie in the k blocks of 64 with the best maxima."""
+    n, V = x.shape
+    if V % 64 or V < 64 * 4 * k:
+        return x.topk(k)
+    blocks = x.view(n, -1, 64)
+    place = blocks.amax(-1).topk(k).indices                                                   # (n, k)
+    best, i = blocks.gather(1, place[..., None].expand(-1, -1, 64)).flatten(1).topk(k)
+    return best, 64 * place.gather(1, i // 64) + i % 64
+
+
+def pick_tokens(logits, u, temperature, top_p, top_k, most=1024):
     """One token per row by inverting the distribution function at the row's own uniform number.
 
     logits (n, V) fp32, u (n,) fp64 in [0, 1) -> (n,) int64. Filters in the order of transformers: temperature,
-    top_k (0 for all), then the smallest set of most likely tokens whose probability reaches top_p."""
+    top_k (0 for all), then the smallest set of most likely tokens whose probability reaches top_p. The
+    vocabulary is never sorted: with top_k 0 that set is looked for among the `most` likely tokens, and a row
+    whose set is larger is NOT_FOUND (most=V finds all). A row with nan or inf is NOT_FINITE."""
     if temperature == 0:
-        return logits.argmax(-1)
-    if top_k == 0 and top_p >= 1:
-        ids, p = None, (logits / temperature).softmax(-1).double()
-    else:
-        best, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), sorted=True)     # (n, k), falling
-        p = (best / temperature).softmax(-1).double()
-        p = p.where(p.cumsum(-1) - p < top_p, 0)                       # what came before had not reached top_p yet
-    cdf = p.cumsum(-1)
-    cdf = cdf / cdf[:, -1:]                    # ends in exactly 1, and u < 1: the place is always a token of the set
-    place = torch.searchsorted(cdf, u[:, None], right=True)
-    return (place if ids is None else ids.gather(-1, place)).squeeze(-1)
+        best, token = logits.max(-1)
+        return token.where(best.isfinite(), NOT_FINITE)
+    if top_k == 0 and top_p >= 1:                              # by blocks of 256: few sums in fp64
+        p = F.pad((logits / temperature).softmax(-1), (0, -logits.shape[-1] % 256)).unflatten(-1, (-1, 256))
+        mass = p.sum(-1, dtype=torch.float64)
+        block, rest = _place(mass, u)
+        token = 256 * block + _place(p[torch.arange(len(p), device=p.device), block].double(), rest)[0]
+        return token.where(mass.sum(-1).isfinite(), NOT_FINITE)
+    best, ids = _topk(logits, min(top_k or most, logits.shape[-1]))                           # (n, k), falling
+    p = ((best - best[:, :1]) / temperature).exp().double()
+    total = p.sum(-1) if top_k else ((logits - best[:, :1]) / temperature).exp().sum(-1, dtype=torch.float64)
+    before = p.cumsum(-1) - p
+    found = before[:, -1] + p[:, -1] >= top_p * total if ids.shape[-1] < logits.shape[-1] else torch.ones_like(u).bool()
+    p = p.where(before < top_p * total[:, None], 0)            # what came before had not reached top_p yet
+    token = ids.gather(-1, _place(p, u)[0][:, None])[:, 0]
+    return token.where(found, NOT_FOUND).where(best[:, 0].isfinite(), NOT_FINITE)
 
 
 def uniforms(seed, key, n):
@@ -83,130 +120,338 @@ def uniforms(seed, key, n):
     return torch.rand(n, generator=torch.Generator().manual_seed(int.from_bytes(digest) >> 1), dtype=torch.float64)
 
 
+def _lazy_zeros(shape, dtype):
+    """On a CPU; memory is taken when it is first written to: a slot for the longest trace costs what its trace needs."""
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+
+
 class Sampler:
-    """Batched generation over a preallocated KV cache with continuous refill.
+    """Batched generation over a preallocated key-value cache with continuous refill.
 
-    The first n of the `slots` rows of every tensor below are busy. A finished row is overwritten by the
-    last busy one, so that all work is on contiguous slices; the next prompt takes the place behind them."""
+    Sequences live in slots. The first `busy` slots are at work; when one is finished the last of them moves into
+    its place, so that all work is on contiguous slices. A step samples one token for each slot and reads nothing
+    back; every `window` steps finished slots are emptied and, when enough of them are, filled again.
 
-    def __init__(self, model, tokenizer, slots=64):
-        self.model, self.tokenizer, self.slots = model, tokenizer, slots          # the tokenizer is for callers
+    The cache is in pages of `page` tokens (kernels/decode_attention.py): a sequence holds what it needs, and where
+    no page is left the one with the fewest tokens is put back, to go on later from what it has. On a CPU a page is a
+    whole slot. On a GPU a step is a CUDA graph, one for each bucket of slots and of reach.
 
-    def _allocate(self, capacity, budget):
-        """Room for `capacity` tokens and `budget` sampled ones per slot; fewer slots where the GPU's memory is short."""
+    kv_bits: 16 (the model's dtype) or 8. pages: most pages to hold (default: what fits the GPU's free memory)."""
+
+    def __init__(self, model, tokenizer, slots=64, kv_bits=16, page=None, pages=None, window=None):
+        self.model, self.tokenizer, self.slots, self.kv_bits = model, tokenizer, slots, kv_bits     # tokenizer: for callers
+        self.cuda = model.device.type == "cuda"
+        self.page, self.most_pages = page or (64 if self.cuda else None), pages
+        self.window = window or (16 if self.cuda else 1)
+        self.prefill_tokens = 16384                            # in one pass, at most
+        model.pack()
+
+    # ---- memory
+
+    def _allocate(self, prompts, limits, logprobs):
+        """The cache and the state of each slot, for prompts {index: ids} and the most tokens to sample for each."""
         c, device, dtype, slots = self.model.config, self.model.device, self.model.head.dtype, self.slots
-        self.k = self.v = None
-        if device.type == "cuda":
-            per_slot = 2 * c.num_hidden_layers * c.num_key_value_heads * capacity * c.head_dim * dtype.itemsize
-            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            slots = max(1, min(slots, int(0.8 * (torch.cuda.mem_get_info(device)[0] + cached)) // per_slot))
-            if slots < self.slots:
-                print(f"sampler: {slots} slots of {capacity} tokens fit in memory, not {self.slots}", file=sys.stderr)
-        shape = c.num_hidden_layers, slots, c.num_key_value_heads, capacity, c.head_dim
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
-        self.length = torch.zeros(slots, device=device, dtype=torch.long)          # tokens whose k and v are cached
-        self.index = torch.zeros_like(self.length)                                 # of the prompt
-        self.made = torch.zeros_like(self.length)                                  # sampled tokens
-        self.limit = torch.zeros_like(self.length)                                 # most tokens to sample
-        self.tokens = torch.zeros(slots, budget, device=device, dtype=torch.long)
-        self.u = torch.zeros(slots, budget, device=device, dtype=torch.float64)
-        self.busy = 0
+        longest, budget = max(len(p) + limits[i] for i, p in prompts.items()), max(limits.values())
+        self.k = self.v = self.k_scale = self.v_scale = None
+        self.graphs, self.graph_pool, self.free = {}, None, []
+        heads, layers = c.num_key_value_heads, c.num_hidden_layers
+        if self.page:
+            stored, quantised = (torch.int8, True) if self.kv_bits == 8 else (dtype, False)
+            count = slots * self._pages_needed(longest) + 1                        # page 0 is for slots without a sequence
+            if self.cuda:
+                page_bytes = 2 * layers * self.page * heads * (c.head_dim * stored.itemsize + 4 * quantised)
+                count = min(count, self._free_memory(prompts) // page_bytes)
+            shape = layers, min(count, self.most_pages or count), self.page, heads, c.head_dim
+            self.k, self.v = (torch.zeros(shape, dtype=stored, device=device) for _ in range(2))
+            if quantised:
+                self.k_scale, self.v_scale = (torch.zeros(shape[:-1], device=device) for _ in range(2))
+            self.free, self.owned = list(range(1, shape[1])), [[] for _ in range(slots)]      # pages: free, of each slot
+            self.host_table = torch.zeros(slots, self._pages_needed(longest), dtype=torch.int32)
+            self.table = self.host_table.to(device, copy=True)
+        else:
+            self.k = _lazy_zeros((layers, slots, heads, c.head_dim, longest), dtype).transpose(-1, -2)
+            self.v = _lazy_zeros((layers, slots, heads, longest, c.head_dim), dtype)
+        self.rows = torch.arange(slots, device=device)
+        self.prompt_length = torch.ones(slots, device=device, dtype=torch.long)
+        self.made = torch.zeros_like(self.prompt_length)                           # sampled tokens
+        self.limit = torch.zeros_like(self.made)                                   # most tokens to sample
+        self.done = torch.ones(slots, device=device, dtype=torch.bool)             # finished, or empty
+        self.picked = torch.zeros_like(self.made)                                  # what pick_tokens said last
+        self.tokens = torch.zeros(slots, budget + 1, device=device, dtype=torch.long)
+        self.u = torch.zeros(slots, budget + 1, device=device, dtype=torch.float64)
+        self.hidden = torch.zeros(slots, c.hidden_size, device=device, dtype=dtype)      # of the prompt's last token
+        self.logprobs = torch.zeros(slots, budget + 1, device=device) if logprobs else None
+        self.index, self.busy = [], 0                                              # prompt of each busy slot
 
-    def _prefill(self, prompts):
-        """Run the prompts as one pack, filling the slots behind the busy ones -> logits of their last tokens (B, V)."""
+    def _free_memory(self, prompts):
+        """Bytes for the cache: what the GPU has left beside a prefill and a step as they were seen to need, both twice."""
         device = self.model.device
-        tokens, cu = pack_ids(prompts, device)
-        lengths = cu.diff()
-        slot = torch.arange(self.busy, self.busy + len(prompts), device=device).repeat_interleave(lengths)   # (T,)
-        positions = torch.arange(len(tokens), device=device) - cu[:-1].repeat_interleave(lengths)
-        packed = packed_attention(cu)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        tokens, cu = pack_ids(split_packs(prompts.values(), len, self.prefill_tokens)[0], device)
+        hidden = self.model(tokens, cu)
+        logits = self.model.logits(hidden[:1].expand(self.slots, -1))
+        pick_tokens(logits, torch.zeros(self.slots, device=device, dtype=torch.float64), *self.options)
+        need = torch.cuda.max_memory_allocated(device) - before
+        del tokens, cu, hidden, logits
+        torch.cuda.empty_cache()
+        return max(0, int(0.95 * torch.cuda.mem_get_info(device)[0] - 2 * need))
 
-        def attend(layer, q, k, v):
-            self.k[layer][slot, :, positions], self.v[layer][slot, :, positions] = k, v
-            return packed(layer, q, k, v)
-        hidden = self.model(tokens, positions=positions, attend=attend)
-        self.length[self.busy:self.busy + len(prompts)] = lengths
-        return self.model.logits(hidden[cu[1:] - 1])
+    def _write(self, layer, slot, position, k, v):
+        """k, v (n, Hkv, d) into the cache of slot (n,) at position (n,)."""
+        if not self.page:
+            self.k[layer][slot, :, position], self.v[layer][slot, :, position] = k, v
+            return
+        page, offset = self.table[slot, position // self.page].long(), position % self.page
+        for cache, scales, x in ((self.k, self.k_scale, k), (self.v, self.v_scale, v)):
+            if scales is not None:
+                x, scales[layer][page, offset] = quantise(x)
+            cache[layer][page, offset] = x
 
-    def _decode(self):
-        """One more token for each busy slot -> logits (n, V)."""
-        n = self.busy
-        rows, length = torch.arange(n, device=self.model.device), self.length[:n]
-        last = self.tokens[rows, self.made[:n] - 1]
-        reach = int(length.max()) + 1
-        mask = (torch.arange(reach, device=self.model.device) <= length[:, None])[:, None, None]      # (n, 1, 1, reach)
+    def _give_pages(self, slot, count):
+        """The first `count` pages of the slot's sequence are there afterwards; the caller knows that enough are free."""
+        pages = self.owned[slot]
+        while len(pages) < count:
+            self.host_table[slot, len(pages)] = self.free[-1]
+            pages.append(self.free.pop())
 
-        def attend(layer, q, k, v):
-            self.k[layer][rows, :, length], self.v[layer][rows, :, length] = k, v
-            # The G query heads of a kv head stand where SDPA expects query positions: no copy of k and v per head.
-            heads = q.unflatten(1, (k.shape[1], -1))                                                  # (n, Hkv, G, d)
-            k, v = self.k[layer, :n, :, :reach], self.v[layer, :n, :, :reach]
-            return F.scaled_dot_product_attention(heads, k, v, attn_mask=mask).flatten(1, 2)
-        hidden = self.model(last, positions=length, attend=attend)
-        self.length[:n] += 1
-        return self.model.logits(hidden)
+    def _pages_needed(self, length):
+        """Pages for a sequence of that length and the window after it; none without paging."""
+        return -(-(length + self.window) // self.page) if self.page else 0
 
     def _release(self, slot):
-        """Free a slot: the last busy one moves in."""
+        """Empty a slot: the last busy one moves in."""
         self.busy = last = self.busy - 1
         if slot != last:
-            n = int(self.length[last])
-            for cache in (self.k, self.v):
-                cache[:, slot, :, :n] = cache[:, last, :, :n]
-            for x in (self.length, self.index, self.made, self.limit, self.tokens, self.u):
-                x[slot] = x[last]
+            if self.page:
+                self.owned[slot], self.owned[last] = self.owned[last], self.owned[slot]
+                self.host_table[[slot, last]] = self.host_table[[last, slot]]
+            else:
+                self._copy(last, slot, int(self.prompt_length[last] + self.made[last]))
+            for x in (self.prompt_length, self.made, self.limit, self.done, self.tokens, self.u, self.hidden, self.logprobs):
+                if x is not None:
+                    x[slot] = x[last]
+            self.index[slot] = self.index[last]
+        self.index.pop()
+        self.done[last], self.made[last], self.prompt_length[last] = True, 0, 1        # what an empty slot computes is harmless
+        if self.page:
+            self.free += self.owned[last]
+            self.owned[last] = []
+            self.host_table[last] = 0
+
+    def _copy(self, source, slot, length):
+        """The first `length` tokens of a sequence's cache into another slot, which owns the pages for them."""
+        if not self.page:
+            for x in (self.k, self.v):
+                x[:, slot, :, :length] = x[:, source, :, :length]
+            return
+        n = -(-length // self.page)
+        for x in (self.k, self.v, self.k_scale, self.v_scale):
+            if x is not None:
+                x[:, self.owned[slot][:n]] = x[:, self.owned[source][:n]]
+
+    # ---- one pass of the model
+
+    def _prefill(self, prompts, kept, group, limits, draws):
+        """Fill the slots behind the busy ones with prompts {index: ids}, each followed by what was sampled for it before.
+
+        group[index] is the same for equal prompts; one that some slot has already run is copied from there.
+        limits[index]: most tokens to sample; draws(index): uniform numbers for them."""
+        known = {group[i]: slot for slot, i in enumerate(self.index) if i not in kept}
+        packed, copied = {}, {}                                # slot -> ids, slot -> slot
+        for slot, (i, ids) in enumerate(prompts.items(), self.busy):
+            made, logprobs = kept.get(i, ([], []))
+            if self.page:
+                self._give_pages(slot, self._pages_needed(len(ids) + len(made)))
+            if group[i] in known and not made:
+                copied[slot] = known[group[i]]
+            else:
+                packed[slot] = ids + made
+                if not made:
+                    known[group[i]] = slot
+            self.prompt_length[slot], self.made[slot], self.limit[slot], self.done[slot] = len(ids), len(made), limits[i], False
+            self.u[slot, :limits[i]] = draws(i)
+            self.tokens[slot, :len(made)] = torch.tensor(made, dtype=torch.long)
+            if self.logprobs is not None:
+                self.logprobs[slot, :len(made)] = torch.tensor(logprobs)
+        if self.page:
+            self.table.copy_(self.host_table)
+        if packed:
+            tokens, cu = pack_ids(packed.values(), self.model.device)
+            lengths = cu.diff()
+            new = torch.tensor(list(packed), device=tokens.device)
+            slot, attention = new.repeat_interleave(lengths), packed_attention(cu)                  # slot (T,)
+            positions = torch.arange(len(tokens), device=tokens.device) - cu[:-1].repeat_interleave(lengths)
+
+            def attend(layer, q, k, v):
+                self._write(layer, slot, positions, k, v)
+                return attention(layer, q, k, v)
+            self.hidden[new] = self.model(tokens, positions=positions, attend=attend)[cu[1:] - 1]
+        for slot, source in copied.items():
+            self._copy(source, slot, int(self.prompt_length[slot]))
+            self.hidden[slot] = self.hidden[source]
+
+    def _step(self, n, reach, wait=False):
+        """One more token for the first n slots that are not done; no sequence is longer than reach."""
+        made, rows = self.made[:n], self.rows[:n]
+        position = self.prompt_length[:n] + made - 1           # of the last sampled token
+
+        def attend(layer, q, k, v):
+            self._write(layer, rows, position, k, v)
+            if not self.page:
+                return slot_attention(q, self.k[layer], self.v[layer], position + 1)
+            scales = (x if x is None else x[layer] for x in (self.k_scale, self.v_scale))
+            return decode_attention(q, self.k[layer], self.v[layer], self.table[:n], position + 1, reach, *scales)
+        self._draw(slice(0, n), self.model(self.tokens[rows, made - 1], positions=position, attend=attend), wait)
+
+    def _draw(self, at, hidden, wait=False):
+        """Sample a token for each slot of a slice from its hidden state (n, D); one that is done stays as it is.
+
+        wait: without a look at the result, so that a row that is NOT_FOUND also stays as it is."""
+        logits, rows, made, done = self.model.logits(hidden), self.rows[at], self.made[at], self.done[at]
+        u = self.u[rows, made]
+        token = pick_tokens(logits, u, *self.options)
+        if not wait and (token == NOT_FOUND).any():
+            token = pick_tokens(logits, u, *self.options, most=logits.shape[-1])
+        self.picked[at] = token
+        going = (token >= 0) & ~done
+        ended = going & ((token[:, None] == self.eos).any(-1) | (made + 1 >= self.limit[at]))
+        self.tokens[rows, made] = token.where(going, self.tokens[rows, made])
+        if self.logprobs is not None:
+            scaled = logits / (self.options[0] or 1)
+            chosen = scaled.gather(-1, token.clamp(min=0)[:, None])[:, 0] - scaled.logsumexp(-1)
+            self.logprobs[rows, made] = chosen.where(going, self.logprobs[rows, made])
+        made += going                                          # views: these count in self.made, self.done
+        done |= ended
+
+    def _run(self):
+        """`window` steps for all busy slots."""
+        reach = int((self.prompt_length + self.made)[:self.busy].max()) + self.window - 1
+        if self.page:
+            self.table.copy_(self.host_table)
+        if not self.cuda:
+            for _ in range(self.window):
+                self._step(self.busy, reach)
+            return
+        # Few shapes, so few graphs: slots 1, 2, 4, 8, multiples of 16 and all of them, reach a power of two.
+        n = min(1 << (self.busy - 1).bit_length() if self.busy <= 8 else -(-self.busy // 16) * 16, len(self.made))
+        reach = max(1024, 1 << (reach - 1).bit_length())
+        for _ in range(self.window):
+            if (n, reach) in self.graphs:
+                self.graphs[n, reach].replay()
+                continue
+            self._step(n, reach, wait=True)                    # a step like others, and the warm-up of the capture
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.graph_pool):
+                self._step(n, reach, wait=True)
+            self.graph_pool = self.graph_pool or graph.pool()
+            self.graphs[n, reach] = graph
+        if (self.picked[:self.busy] == NOT_FOUND).any():       # seldom: the whole vocabulary for those who wait
+            self._step(n, reach)
+
+    # ---- the loop
+
+    def _admit(self, waiting, prompts, kept):
+        """Take from waiting what there is room for -> {index: ids}."""
+        new, tokens, free = {}, 0, len(self.free) - self.busy               # each busy slot may want a page soon
+        while waiting and self.busy + len(new) < len(self.made):
+            length = len(prompts[waiting[-1]]) + len(kept.get(waiting[-1], ([], []))[0])
+            tokens, free = tokens + length, free - self._pages_needed(length)
+            if new and tokens > self.prefill_tokens or self.page and free < 0:
+                break
+            i = waiting.pop()
+            new[i] = prompts[i]
+        return new
+
+    def _grow(self, waiting, kept):
+        """Pages for the next window of each busy slot; while they do not suffice the slot with the fewest tokens is put back."""
+        while self.page:
+            wanted = [self._pages_needed(n) for n in (self.prompt_length + self.made)[:self.busy].tolist()]
+            if sum(max(0, n - len(pages)) for n, pages in zip(wanted, self.owned)) <= len(self.free):
+                for slot, n in enumerate(wanted):
+                    self._give_pages(slot, n)
+                return
+            if self.busy == 1:                                              # the cache is all its own: it ends here
+                self.done[0] = True
+                return
+            self._put_back(int(self.made[:self.busy].argmin()), waiting, kept)
+
+    def _put_back(self, slot, waiting, kept):
+        """A sequence leaves its slot, to go on later from the tokens it has."""
+        index, (tokens, logprobs) = self.index[slot], self._sampled(slot)
+        kept[index] = tokens, logprobs or []
+        waiting.append(index)
+        self._release(slot)
+
+    def _sampled(self, slot):
+        """-> its tokens, and their log-probabilities or None."""
+        made = int(self.made[slot])
+        return self.tokens[slot, :made].tolist(), None if self.logprobs is None else self.logprobs[slot, :made].tolist()
+
+    def _finished(self, keys):
+        """Completions of the slots that are done, which are emptied."""
+        bad = (self.picked[:self.busy] == NOT_FINITE).nonzero()
+        if len(bad):
+            raise InputError(f"the model's logits are nan or infinite on prompt {keys[self.index[bad[0]]]}; "
+                             "its weights are damaged, or try --dtype float32")
+        for slot in reversed(self.done[:self.busy].nonzero().flatten().tolist()):      # a release moves the last one down
+            tokens, logprobs = self._sampled(slot)
+            yield Completion(self.index[slot], tokens, "stop" if tokens[-1] in self.model.eos_ids else "length", logprobs)
+            self._release(slot)
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, temperature=0.6, top_p=0.95, top_k=20, seed=0, keys=None):
+    def generate(self, prompts, max_new_tokens, temperature=0.6, top_p=0.95, top_k=20, seed=0, keys=None, logprobs=False):
         """Yield a Completion per prompt, in order of finishing.
 
-        prompts: lists of token ids. keys: one string per prompt that names its random stream (default: its index);
-        with the same seed and key a prompt gets the same draws in whatever batch and order it runs.
-        Raises InputError when the model's logits are not finite."""
+        prompts: lists of token ids; equal ones share a prefill where they can. max_new_tokens: a number, or one per prompt.
+        keys: one string per prompt that names its random stream (default: its index); with the same seed and key a prompt
+        gets the same draws in whatever batch and order it runs. logprobs: give those of the tokens too.
+        When the GPU's memory runs out this goes on with half as many slots, and says so.
+        Raises InputError when the model's logits are not finite, or the memory does not do for a single slot."""
+        self.options = temperature, top_p, top_k
+        self.eos = torch.tensor(sorted(self.model.eos_ids), dtype=torch.long, device=self.model.device)
         context = self.model.config.max_position_embeddings
         keys = keys or [str(i) for i in range(len(prompts))]
-        waiting = []
-        for i, prompt in enumerate(prompts):
-            if 0 < len(prompt) < context:
-                waiting.append(i)
-            else:
-                yield Completion(i, [], "prompt_too_long")
-        if not waiting:
-            return
-        limits = {i: min(max_new_tokens, context - len(prompts[i])) for i in waiting}
-        self._allocate(max(len(prompts[i]) + limits[i] for i in waiting), max(limits.values()))
-        eos = torch.tensor(sorted(self.model.eos_ids), dtype=torch.long, device=self.model.device)
-        waiting.reverse()
+        first = {}
+        group = [first.setdefault(tuple(p), i) for i, p in enumerate(prompts)]
+        most = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
+        limits = {i: min(most[i], context - len(p)) for i, p in enumerate(prompts) if 0 < len(p) < context}
+        waiting = sorted(limits, key=lambda i: (len(prompts[i]), -i))       # taken from the end: long ones first
+        kept = {}                                                           # index -> tokens, logprobs so far
+        yield from (Completion(i, [], "prompt_too_long") for i in range(len(prompts)) if i not in limits)
+        self.k, self.busy, self.index = None, 0, []
         while waiting or self.busy:
-            first = 0
-            if waiting and self.busy < len(self.length):               # refill: these rows get their first token
-                new = [waiting.pop() for _ in range(min(len(waiting), len(self.length) - self.busy))]
-                logits, first = self._prefill([prompts[i] for i in new]), self.busy
-                self.busy += len(new)
-                self.index[first:self.busy] = torch.tensor(new)
-                self.limit[first:self.busy] = torch.tensor([limits[i] for i in new])
-                self.made[first:self.busy] = 0
-                for slot, i in enumerate(new, first):
-                    self.u[slot, :limits[i]] = uniforms(seed, keys[i], limits[i])
+            new, out_of_memory = {}, False
+            try:
+                if self.k is None:
+                    self._allocate({i: prompts[i] for i in waiting}, limits, logprobs)
+                if not self.busy or waiting and len(self.made) - self.busy > len(self.made) // 16:
+                    new = self._admit(waiting, prompts, kept)
+                if new:
+                    self._prefill(new, kept, group, limits, lambda i: uniforms(seed, keys[i], limits[i]))
+                    at = slice(self.busy, self.busy + len(new))
+                    self._draw(at, self.hidden[at])
+                    self.busy, self.index = at.stop, self.index + list(new)
+                elif self.busy:
+                    self._grow(waiting, kept)
+                    self._run()
+            except torch.OutOfMemoryError:
+                out_of_memory = True                                        # outside of the handler its tensors are gone
+            if out_of_memory:
+                waiting += reversed(new)
+                while self.busy:
+                    self._put_back(self.busy - 1, waiting, kept)
+                if self.slots == 1:
+                    raise InputError("the GPU's memory does not do for one sequence; use a smaller model")
+                self.slots, self.prefill_tokens, self.k = self.slots // 2, self.prefill_tokens // 2, None
+                print(f"sampler: out of GPU memory, going on with {self.slots} slots", file=sys.stderr)
+            elif not self.busy:                                             # more than all of the cache
+                i = waiting.pop()
+                tokens, logs = kept.get(i, ([], []))
+                yield Completion(i, tokens, "length" if tokens else "prompt_too_long", logs if logprobs else None)
             else:
-                logits = self._decode()
-            if not torch.isfinite(logits).all():
-                bad = self.index[first:self.busy][~torch.isfinite(logits).all(-1)]
-                raise InputError(f"the model's logits are nan or infinite on prompt {keys[bad[0]]}; "
-                                 "its weights are damaged, or try --dtype float32")
-            rows, made = torch.arange(first, self.busy, device=logits.device), self.made[first:self.busy]
-            token = pick_tokens(logits, self.u[rows, made], temperature, top_p, top_k)
-            self.tokens[rows, made] = token
-            made += 1                                                  # a view: counts in self.made
-            stopped = torch.isin(token, eos)
-            # From the top, because a release moves the last busy slot down.
-            for i in reversed((stopped | (made >= self.limit[rows])).nonzero().flatten().tolist()):
-                slot = first + i
-                tokens = self.tokens[slot, :int(self.made[slot])].tolist()
-                done = Completion(int(self.index[slot]), tokens, "stop" if stopped[i] else "length")
-                self._release(slot)
-                yield done
+                yield from self._finished(keys)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -242,7 +487,12 @@ def add_sampling_flags(p):
 
 
 def main():
+    if "--bench" in sys.argv:
+        from tests.bench_sample import bench
+        return bench([a for a in sys.argv[1:] if a != "--bench"])
     p = parser(__doc__)
+    p.add_argument("--bench", action="store_true", help="time the sampler against transformers.generate (--bench --help)")
+    p.add_argument("--kv-bits", type=int, choices=(16, 8), default=16, help="8: the cache as int8, on a GPU; half the memory")
     p.add_argument("--model", default="auto", help="student: auto, tiny, a Hugging Face folder, or a hub name")
     p.add_argument("--prompts", help="JSONL file: instruction, prompt_label, optionally id (default: the tiny world's)")
     p.add_argument("--steer", choices=STEER, default="default", help="wording of the refusal instruction on harmful prompts")
@@ -259,7 +509,7 @@ def main():
     stage = Stage("sample", args, {
         "model": model.hash, "template": template_hash(tokenizer), "prompts": content_id(json.dumps(prompts)),
         "steer": args.steer, "wording": STEER[args.steer], "n": args.n, "seed": args.seed, "dtype": str(model.head.dtype),
-        **options}, "samples.jsonl", model=name)
+        "kv_bits": args.kv_bits, **options}, "samples.jsonl", model=name)
     if not args.prompts and not is_tiny(name):
         print(f"prompts: those of the tiny world, {len(prompts)}; name yours with --prompts", file=sys.stderr)
     writer = RowWriter(args.out / "samples.jsonl")
@@ -275,7 +525,7 @@ def main():
     counts = Counter(row["finish_reason"] for row in writer.rows)
     tokens = sum(row["n_tokens"] for row in writer.rows)
     with tqdm(total=total, initial=len(done), unit="trace", desc="sample", disable=None) as bar:
-        for c in Sampler(model, tokenizer, args.slots).generate(ids, seed=args.seed, keys=keys, **options):
+        for c in Sampler(model, tokenizer, args.slots, args.kv_bits).generate(ids, seed=args.seed, keys=keys, **options):
             row, k = todo[c.index]
             writer.write({**row, "response": decode_response(tokenizer, c.tokens, model.eos_ids), "k": k, "seed": args.seed,
                           "steer": steer[row["prompt_label"]], "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})

@@ -522,21 +522,45 @@ def packed_attention(cu_seqlens):
     """-> attend(layer, q, k, v): causal attention in which the documents of a pack do not see each other.
 
     q (T, H, d), k and v (T, Hkv, d) -> (T, H, d)."""
-    lengths = cu_seqlens.diff().tolist()
-    cu = cu_seqlens.to(torch.int32)
+    lengths, device = cu_seqlens.diff().tolist(), cu_seqlens.device
+    cu, groups, order = cu_seqlens.to(torch.int32), [], sorted(range(len(cu_seqlens) - 1), key=lambda i: -lengths[i])
+    while order:                                   # documents of about one length are padded to one batch
+        longest = lengths[order[0]]
+        near = [i for i in order if lengths[i] > 0.8 * longest]
+        order = order[len(near):]
+        place = torch.arange(longest, device=device)
+        inside = place < cu_seqlens.diff()[near, None]                                      # (B, t)
+        groups.append((cu_seqlens[near, None] + place * inside, inside))    # padding: the first token again, seen by none
+    back = torch.cat([tokens[inside] for tokens, inside in groups]).argsort()
 
     def attend(layer, q, k, v):
         flash = _flash(q.device.type) if q.dtype in (torch.bfloat16, torch.float16) else None
         if flash:
             return flash(q, k, v, cu, max(lengths))
-        q, k, v = (x.transpose(0, 1).unsqueeze(0).split(lengths, 2) for x in (q, k, v))     # B times (1, H, t, d)
-        outs = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in zip(q, k, v)]
-        return torch.cat(outs, 2).squeeze(0).transpose(0, 1)
+        outs = []
+        for tokens, inside in groups:
+            qkv = (x[tokens].transpose(1, 2) for x in (q, k, v))                            # (B, H, t, d)
+            outs.append(F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True).transpose(1, 2)[inside])
+        return torch.cat(outs)[back]
     return attend
 
 
 # ---------------------------------------------------------------------------------------------
 # The decoder: one block for Llama, Mistral, Qwen2 and Qwen3. Names are those of the checkpoints.
+
+
+def linear(x, weight, bias=None, packed=None):
+    """x (T, n_in), weight (n_out, n_in) -> (T, n_out). packed: the weight once more, see Decoder.pack."""
+    if packed is None or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+class Linear(nn.Linear):
+    packed = None
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias, self.packed)
 
 
 class RMSNorm(nn.Module):
@@ -563,10 +587,10 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (T, H, d) by cos, sin (T, 1, d/2) -> (T, H, d) of x's dtype."""
+    """Rotary embedding of x (T, H, d) by cos, sin (T, 1, d) with the first half of sin negated -> (T, H, d) of x's dtype."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.addcmul(x * cos, torch.cat((b, a), -1), sin)
 
 
 class Attention(nn.Module):
@@ -581,7 +605,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.d, c.rms_norm_eps) if qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, attend):
-        """x (T, D), cos and sin (T, 1, d/2), attend(q, k, v) -> (T, D)."""
+        """x (T, D), cos and sin (T, 1, d), attend(q, k, v) -> (T, D)."""
         q, k, v = (p(x).unflatten(-1, (-1, self.d)) for p in (self.q_proj, self.k_proj, self.v_proj))   # (T, H, d)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         q, k = q.to(v.dtype), k.to(v.dtype)                       # autocast does norms in fp32
@@ -622,14 +646,15 @@ class Decoder(nn.Module):
         super().__init__()
         c = self.config = config
 
-        def linear(name, n_in, n_out):
-            return nn.Linear(n_in, n_out, bias=name in biased)
+        def make(name, n_in, n_out):
+            return Linear(n_in, n_out, bias=name in biased)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c, linear, qk_norm) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(c, make, qk_norm) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = None if tied else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.inv_freq = rope_frequencies(c)              # a plain attribute: stays fp32, is not in the state dict
         self.recompute = False                           # activations again in the backward pass: less memory, a third slower
+        self.packed_head = None                          # see pack
         self.eos_ids, self.folder, self.hash = frozenset(), None, None    # set by load_decoder
 
     @property
@@ -653,7 +678,7 @@ class Decoder(nn.Module):
             self.inv_freq = self.inv_freq.to(self.device)
         x = self.embed_tokens(tokens)                                                # (T, D)
         angle = positions[:, None, None].float() * self.inv_freq                     # (T, 1, d/2)
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = angle.cos().repeat(1, 1, 2).to(x.dtype), torch.cat((-angle.sin(), angle.sin()), -1).to(x.dtype)
         for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, functools.partial(attend, i), use_reentrant=False)
@@ -663,7 +688,20 @@ class Decoder(nn.Module):
 
     def logits(self, hidden):
         """hidden (T, D) -> logits (T, V) in fp32."""
-        return F.linear(hidden, self.head).float()
+        return linear(hidden, self.head, packed=self.packed_head).float()
+
+    def pack(self):
+        """On a CPU in bf16, keep each linear weight a second time in the order that oneDNN wants: decoding is a third faster.
+
+        For a model whose weights stay as they are; LoRA may change."""
+        if self.device.type != "cpu" or self.head.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+            return
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        if self.packed_head is None:
+            self.packed_head = reorder(self.head.detach(), 64)                                   # for about 64 rows
+        for m in self.modules():
+            if isinstance(m, Linear) and m.packed is None:
+                m.packed = reorder(m.weight.detach(), 64)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1003,6 +1041,7 @@ def merge_lora(model):
     for name, m in lora_layers(model).items():
         w = m.base_layer.weight
         w.copy_((w.float() + m.scale * m.lora_B @ m.lora_A).to(w.dtype))
+        m.base_layer.packed = None
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, m.base_layer)
 

@@ -561,7 +561,8 @@ def measure(loss, trained, name, N, V, D):
         got = N * torch.autograd.grad(method(h, head, y, r), h)[0][:few].double()
         row |= {"ms": seconds * 1e3, "share of floor": floor / seconds, "extra MB": extra}
         one, wide = torch.ones(few, device=device).double(), [t.detach().double() for t in (h[:few], head)] + [y[:few]]
-        row["gradient error"] = _errors([got], _gradient(_eager, *wide, *((None, r[:few].double(), one) if kl else (one,)))[1:])[0]
+        truth = _gradient(_eager, *wide, *((None, r[:few].double(), one) if kl else (one,)))[1]
+        row["gradient error"] = _errors([got], [truth])[0]
     except Exception as error:                  # a peer that does not fit or does not run is a result too
         row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:80]
         if name == "ours":

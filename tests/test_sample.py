@@ -1,8 +1,11 @@
 """The sampler: exact draws, draws that belong to the row, refill, limits."""
+import functools
+
 import pytest
 import torch
 
-from sample import Sampler, pick_tokens, uniforms
+import sample
+from sample import NOT_FINITE, NOT_FOUND, Sampler, pick_tokens, uniforms
 from thinksafe import InputError, encode_prompt, load_decoder
 
 
@@ -52,12 +55,12 @@ def test_greedy():
 PROMPTS = [f"How do I {verb} a {thing}?" for verb in ("paint", "kill", "steal", "greet") for thing in ("weed", "teacher", "passport", "drum")]
 
 
-def completions(tiny, slots, order=None, **kw):
+def completions(tiny, slots, order=None, sampler=None, **kw):
     model, tokenizer = tiny
     order = order or range(len(PROMPTS))
     ids = [encode_prompt(tokenizer, PROMPTS[i]) for i in order]
     options = dict(max_new_tokens=100, seed=5, keys=[str(i) for i in order]) | kw
-    found = list(Sampler(model, tokenizer, slots).generate(ids, **options))
+    found = list((sampler or Sampler(model, tokenizer, slots)).generate(ids, **options))
     assert sorted(c.index for c in found) == list(range(len(ids)))          # each once
     return {order[c.index]: (c.tokens, c.finish_reason) for c in found}
 
@@ -83,6 +86,11 @@ def test_log_probabilities_are_those_of_transformers(tiny):
         theirs = hf(ids[None]).logits[0].log_softmax(-1)
         at = torch.arange(len(prompt) - 1, len(ids) - 1)
         torch.testing.assert_close(ours[at, ids[at + 1]], theirs[at, ids[at + 1]], atol=1e-3, rtol=0)
+    found = list(Sampler(model, tokenizer, 3).generate([prompt] * 5, 30, temperature=0.7, logprobs=True))
+    for c in found:                                                         # and those that the sampler gives itself
+        ids = torch.tensor(prompt + c.tokens)
+        theirs = (hf(ids[None]).logits[0, len(prompt) - 1:-1] / 0.7).log_softmax(-1)
+        torch.testing.assert_close(torch.tensor(c.logprobs), theirs.gather(1, torch.tensor(c.tokens)[:, None])[:, 0], atol=1e-3, rtol=0)
 
 
 def test_limits_are_recorded(tiny):
@@ -112,3 +120,133 @@ def test_nan_is_an_error():
     model.norm.weight.data[0] = float("nan")
     with pytest.raises(InputError, match="nan"):
         list(Sampler(model, tokenizer).generate([[5, 6]], max_new_tokens=3))
+
+
+@pytest.mark.parametrize("V, k", [(1000, 20), (1024, 3), (49152, 20), (128 * 64, 1), (5, 5)])
+def test_topk_by_blocks(V, k):
+    x = torch.randn(7, V, generator=torch.Generator().manual_seed(V))
+    x[0] = x[0].round()                                                     # ties
+    best, ids = sample._topk(x, k)
+    assert torch.equal(best, x.topk(k).values) and torch.equal(x.gather(1, ids), best)
+    assert all(len(set(row)) == k for row in ids.tolist())
+
+
+def test_a_set_larger_than_was_looked_at_is_reported_and_then_found():
+    logits = torch.randn(400, 300, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 3, 400)[:, None]
+    u = uniforms(0, "x", 400)
+    want = pick_tokens(logits, u, 0.8, 0.9, 0, most=300)
+    got = pick_tokens(logits, u, 0.8, 0.9, 0, most=40)
+    assert (want >= 0).all() and 0 < (got == NOT_FOUND).sum() < 400
+    assert torch.equal(got[got != NOT_FOUND], want[got != NOT_FOUND])
+
+
+@pytest.mark.parametrize("options", [(0.6, 0.95, 20), (0.6, 0.95, 0), (1.0, 1.0, 0), (0, 1.0, 0)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_are_reported(options, bad):
+    logits = torch.randn(3, 2000)
+    logits[1, 7] = bad
+    token = pick_tokens(logits, torch.rand(3).double(), *options)
+    assert (token == NOT_FINITE).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("page, pages, window", [(16, None, 1), (16, None, 4), (8, 40, 3), (8, 25, 1), (32, 9, 16)])
+def test_pages_change_nothing(tiny, page, pages, window):
+    """Also where there are too few of them: a sequence is put back and goes on later from what it has."""
+    sampler = Sampler(*tiny, 6, page=page, pages=pages, window=window)
+    back, put_back = [], Sampler._put_back
+    sampler._put_back = lambda *args: back.append(args[0]) or put_back(sampler, *args)
+    assert completions(tiny, 6, sampler=sampler) == completions(tiny, 64)
+    assert bool(back) == (pages is not None)
+    assert sorted(sampler.free) == list(range(1, sampler.k.shape[1]))       # every page came back
+
+
+def test_a_request_larger_than_the_whole_cache(tiny):
+    """It ends with what fits; one whose prompt does not fit has no token. The others are whole."""
+    model, tokenizer = tiny
+    prompts = [encode_prompt(tokenizer, p) for p in PROMPTS[:4]] + [[5] * 300]
+    model.eos_ids, eos = frozenset(), model.eos_ids
+    try:
+        found = {c.index: c for c in Sampler(*tiny, 3, page=16, pages=13, window=2).generate(prompts, [20, 500, 20, 20, 20])}
+    finally:
+        model.eos_ids = eos
+    assert sorted(found) == [0, 1, 2, 3, 4] and [len(found[i].tokens) for i in (0, 2, 3)] == [20, 20, 20]
+    assert found[1].finish_reason == "length" and 100 < len(found[1].tokens) < 192
+    assert found[4] == (4, [], "prompt_too_long", None)
+
+
+def test_eight_bit_cache(tiny):
+    """Close to the 16-bit one: the first tokens, which see a prompt of either kind, are mostly the same."""
+    exact, rough = (completions(tiny, 8, sampler=Sampler(*tiny, 8, kv_bits=bits, page=16), temperature=0) for bits in (16, 8))
+    assert sum(exact[i][0][:8] == rough[i][0][:8] for i in exact) > 0.8 * len(exact)
+
+
+def test_equal_prompts_share_a_prefill(tiny, monkeypatch):
+    model, tokenizer = tiny
+    ids = [encode_prompt(tokenizer, PROMPTS[0]), encode_prompt(tokenizer, PROMPTS[1])]
+    prompts, options = [ids[0]] * 5 + [ids[1]] + [ids[0]] * 3, dict(max_new_tokens=40, seed=3)
+    alone = [next(iter(Sampler(*tiny).generate([p], keys=[str(i)], **options))).tokens for i, p in enumerate(prompts)]
+    seen, forward = [], type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, tokens, *a, **k: seen.append(len(tokens)) or forward(self, tokens, *a, **k))
+    for page in (None, 16):
+        seen.clear()
+        found = {c.index: c.tokens for c in Sampler(*tiny, 9, page=page).generate(prompts, **options)}
+        assert [found[i] for i in range(9)] == alone and len(set(map(tuple, alone))) > 5
+        assert seen[0] == len(ids[0]) + len(ids[1])
+
+
+@pytest.mark.parametrize("page", [None, 16])
+def test_out_of_memory_at_any_step_loses_nothing(tiny, page, capsys):
+    """It strikes in the n-th pass of the model, for many n, at its begin or at its end: same rows, same tokens."""
+    model, want = tiny[0], completions(tiny, 64)
+    forward, logits = type(model).forward, type(model).logits
+    for strike in (1, 2, 75) if page else (3, 20):
+        for name, method in (("forward", forward), ("logits", logits)):
+            calls = []
+
+            def fail(*args, method=method, calls=calls, strike=strike, **kw):
+                calls.append(1)
+                if len(calls) in (strike, strike + 7):
+                    raise torch.OutOfMemoryError("faked")
+                return method(model, *args, **kw)
+            setattr(model, name, fail)
+            try:
+                sampler = Sampler(*tiny, 8, page=page)
+                assert completions(tiny, 8, sampler=sampler) == want and sampler.slots == 2
+            finally:
+                delattr(model, name)
+    assert "going on with 4 slots" in capsys.readouterr().err
+    sampler = Sampler(*tiny, 1)
+    sampler._prefill = lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError())
+    with pytest.raises(InputError, match="memory"):
+        completions(tiny, 1, sampler=sampler)
+
+
+def test_graphs(tiny, monkeypatch):
+    """The way of a GPU with a stand-in for CUDA graphs: capture records a step without doing it, replay does it."""
+    class Graph:
+        def replay(self):
+            Sampler._step(*self.step)
+
+        def pool(self):
+            return "pool"
+
+    class capture:
+        def __init__(self, graph, pool):
+            self.graph, self.step = graph, Sampler._step
+
+        def __enter__(self):
+            Sampler._step = lambda *args, wait: setattr(self.graph, "step", (*args, wait))
+
+        def __exit__(self, *error):
+            Sampler._step = self.step
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(Sampler, "_free_memory", lambda self, prompts: 10**9)
+    options = dict(top_k=0, top_p=0.999, temperature=1.2)
+    want = completions(tiny, 64, **options)
+    monkeypatch.setattr(sample, "pick_tokens", functools.partial(pick_tokens, most=30))      # many have to wait
+    for slots in (1, 3, 16):
+        sampler = Sampler(*tiny, slots, page=16, window=5)
+        sampler.cuda = True
+        assert completions(tiny, slots, sampler=sampler, **options) == want
+        assert all(n <= slots for n, _ in sampler.graphs) and (slots, 1024) in sampler.graphs

@@ -1,0 +1,199 @@
+"""
+The sampler against `transformers.generate` in the same run, on requests of random length.
+
+    python sample.py --bench                                  # the tiny world on a CPU; Qwen3-0.6B's shape on a GPU
+    python sample.py --bench --model FOLDER                   # any model
+    python sample.py --bench --shape qwen3-0.6b               # random weights of a named shape, nothing is downloaded
+    python sample.py --bench --profile trace.json             # and a trace of our decoding
+
+On a GPU the workload is that of nano-vllm's bench.py (seed 0, 256 requests, prompts and outputs of 100 to 1,024
+tokens), on a CPU a smaller one of its kind. Every request has its own output length, as if it had stopped there, so
+generate, which ends with the longest of a batch, is counted by the same useful tokens. Each is run at several batch
+sizes, ours and theirs by turns, and its best one counts. The floor is weights and cache read once per step.
+"""
+import argparse
+import functools
+import gc
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+from sample import Sampler
+from tests.random_model import SHAPES, write_random_model
+from thinksafe import is_tiny, load_decoder, model_name, pick_dtype
+
+SAMPLING = dict(temperature=0.6, top_p=0.95, top_k=20)
+
+
+def requests(n, longest_prompt, most_tokens, vocabulary, seed=0):
+    """nano-vllm's: uniform lengths from about a tenth of the longest on -> prompts, output lengths."""
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(vocabulary) for _ in range(rng.randint(longest_prompt // 10, longest_prompt))] for _ in range(n)]
+    return prompts, [rng.randint(most_tokens // 10, most_tokens) for _ in range(n)]
+
+
+def timed(f, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    f()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_mb(device):
+    return torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def bandwidth(device):
+    """Bytes per second of reading, seen in a sum over 1 GB."""
+    x = torch.ones(2**28, device=device)
+    return x.nbytes / min(timed(lambda: x.sum(), device) for _ in range(5))
+
+
+def floor_seconds(model, prompts, lengths, bits=16):
+    """All requests side by side: in each step the weights once, and what is cached of each sequence."""
+    c, dtype = model.config, model.head.dtype
+    weights = (sum(p.numel() for p in model.layers.parameters()) + model.head.numel()) * dtype.itemsize
+    per_head = c.head_dim * dtype.itemsize if bits == 16 else c.head_dim + 4
+    cached = sum(n * len(p) + n * (n - 1) // 2 for p, n in zip(prompts, lengths))
+    cache = cached * 2 * c.num_hidden_layers * c.num_key_value_heads * per_head
+    return (max(lengths) * weights + cache) / bandwidth(model.device)
+
+
+def generate_padded(peer, prompts, lengths, batch, **options):
+    """transformers: batches in the order given, padded on the left, each until its longest request is done."""
+    for a in range(0, len(prompts), batch):
+        part, most = prompts[a:a + batch], max(lengths[a:a + batch])
+        width = max(map(len, part))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=peer.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=peer.device)
+        peer.generate(input_ids=ids, attention_mask=mask, max_new_tokens=most, min_new_tokens=most, do_sample=True,
+                      pad_token_id=0, **SAMPLING, **options)
+
+
+class Forced(Sampler):
+    """Feeds given tokens instead of sampled ones and keeps the logits."""
+
+    def _draw(self, at, hidden, wait=False):
+        self.seen.append(self.model.logits(hidden).cpu())
+        made = self.made[at]
+        self.tokens[self.rows[at], made] = self.given[:len(made)].gather(1, made[:, None])[:, 0]
+        self.done[at] |= made + 1 >= self.limit[at]
+        made += 1
+
+
+@torch.inference_mode()
+def effect_of_8_bits(model, tokenizer, prompts, length=64):
+    """-> share of steps whose most likely token is the same with an 8-bit cache, and mean KL in nats, same tokens fed."""
+    logits = []
+    for bits in (16, 8):
+        sampler = Forced(model, tokenizer, len(prompts), kv_bits=bits, page=64, window=1)
+        sampler.cuda, sampler.seen = False, []                # no graphs: every step is to be seen
+        sampler.given = torch.tensor([p[:1] * (length + 1) for p in prompts], device=model.device)
+        if not logits:
+            sampler.given.random_(len(tokenizer), generator=torch.Generator(model.device).manual_seed(0))
+            given = sampler.given
+        sampler.given = given
+        list(sampler.generate(prompts, length))
+        logits.append(torch.cat(sampler.seen[1:]).double().log_softmax(-1))        # the prefill's are the same
+    a, b = logits
+    return (a.argmax(-1) == b.argmax(-1)).double().mean().item(), (a.exp() * (a - b)).sum(-1).mean().item()
+
+
+def bench(argv=None):
+    p = argparse.ArgumentParser("sample.py --bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="tiny", help="folder or hub name")
+    p.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
+    p.add_argument("--requests", type=int, help="default: 256; 48 for a model on a CPU, 512 for the tiny world")
+    p.add_argument("--prompt-tokens", type=int, help="longest prompt (default: 1024; 128 on a CPU)")
+    p.add_argument("--new-tokens", type=int, help="longest output (default: 1024; 256 on a CPU)")
+    p.add_argument("--batch", type=int, nargs="+", help="batch sizes to try (default: all requests, and a quarter of them)")
+    p.add_argument("--rounds", type=int, default=2, help="runs of each, by turns")
+    p.add_argument("--no-peer", action="store_true", help="ours alone")
+    p.add_argument("--profile", metavar="FILE", help="also write a chrome trace of our decoding")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: as in sample.py")
+    args = p.parse_args(argv)
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    if cuda and args.model == "tiny" and not args.shape:
+        args.shape = "qwen3-0.6b"
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape:
+            write_random_model(Path(folder), args.shape)
+        name = folder if args.shape else model_name(args.model)
+        model, tokenizer = load_decoder(name, device, pick_dtype(args))
+        tiny = is_tiny(model.folder)
+        n = args.requests or (256 if cuda else 512 if tiny else 48)
+        prompts, lengths = requests(n, args.prompt_tokens or (1024 if cuda else 128), args.new_tokens or (1024 if cuda else 256),
+                                    len(tokenizer))
+        model.eos_ids = frozenset()                                            # lengths are given
+        peer = None
+        if not args.no_peer:
+            from transformers import AutoModelForCausalLM
+            peer = AutoModelForCausalLM.from_pretrained(str(model.folder), dtype=model.head.dtype).to(device).eval()
+            peer.generation_config.eos_token_id = None
+        useful, rows, batches = sum(lengths), {}, args.batch or [n, max(1, n // 4)]
+        floor = floor_seconds(model, prompts, lengths)
+        print(f"{args.shape or args.model} on {torch.cuda.get_device_name() if cuda else 'a CPU'}, {model.head.dtype}: {n} requests, "
+              f"{sum(map(len, prompts)):,} tokens in, {useful:,} out; floor {useful / floor:,.0f} tokens/s", flush=True)
+
+        def ours(batch, bits=16):
+            for _ in Sampler(model, tokenizer, batch, bits).generate(prompts, lengths, **SAMPLING):
+                pass
+        methods = {("ours", b): (ours, (b,)) for b in batches}
+        if cuda:
+            methods["ours, 8-bit cache", n] = ours, (n, 8)
+        if peer:
+            methods |= {("transformers", b): (generate_padded, (peer, prompts, lengths, b)) for b in batches}
+            if cuda:
+                methods["transformers, static cache", n] = functools.partial(generate_padded, cache_implementation="static"), (
+                    peer, prompts, lengths, n)
+        for turn in range(args.rounds):
+            for key, (method, arguments) in methods.items():
+                if turn and rows[key]["tokens/s"][0] is None:
+                    continue
+                try:
+                    speed = useful / timed(functools.partial(method, *arguments), device)
+                except Exception as error:                     # a peer that does not fit is a result too
+                    if key[0].startswith("ours"):
+                        raise
+                    rows[key] = {"tokens/s": [None], "failed": f"{type(error).__name__}: {error}".splitlines()[0][:80]}
+                    continue
+                rows.setdefault(key, {"tokens/s": []})["tokens/s"].append(round(speed, 1))
+                rows[key]["peak MB"] = round(peak_mb(device))
+                print(f"{key[0]}, batch {key[1]}: {speed:,.0f} tokens/s, {speed * floor / useful:.0%} of the floor", flush=True)
+                gc.collect()
+        best = {}
+        for (name, _), row in rows.items():
+            speeds = sorted(s for s in row["tokens/s"] if s)
+            if speeds:
+                best[name] = max(best.get(name, 0), speeds[len(speeds) // 2])
+        same, kl = effect_of_8_bits(model, tokenizer, prompts[:8])
+        print(f"8-bit cache: same most likely token in {same:.2%} of steps, KL {kl:.1e} nats")
+        if args.profile:
+            from torch.profiler import profile
+            with profile() as trace:
+                for _ in Sampler(model, tokenizer, n).generate(prompts, [min(64, k) for k in lengths], **SAMPLING):
+                    pass
+            trace.export_chrome_trace(args.profile)
+        print(json.dumps({"device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
+                          "model": args.shape or args.model, "dtype": str(model.head.dtype), "requests": n, "tokens": useful,
+                          "floor": round(useful / floor, 1), "runs": [{"method": k[0], "batch": k[1], **row} for k, row in rows.items()],
+                          "best": best, "8-bit cache": {"same_top1": same, "kl": kl},
+                          **({"ratio": round(best["ours"] / max(v for k, v in best.items() if k.startswith("transformers")), 2)}
+                             if any(k.startswith("transformers") for k in best) else {})}))
+
+
+if __name__ == "__main__":
+    bench()

@@ -1,0 +1,108 @@
+"""Attention over the cache: the Triton kernel (through the interpreter without a GPU), the plain definition, the CPU's own."""
+import pytest
+import torch
+
+import kernels.decode_attention as da
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+
+def make(n, heads, group, d, page, longest, dtype=torch.float32, seed=0):
+    """q, paged k and v with the pages of all sequences shuffled, table, lengths, and each sequence's own k and v."""
+    gen = torch.Generator().manual_seed(seed)
+    length = torch.randint(1, longest + 1, (n,), generator=gen)
+    length[0] = longest
+    per = -(-longest // page)
+    table = (torch.randperm(n * per, generator=gen) + 1).view(n, per).int()
+    q = torch.randn(n, heads * group, d, generator=gen).to(dtype)
+    k, v = (torch.randn(n * per + 1, page, heads, d, generator=gen).to(dtype) for _ in range(2))
+    return [t.to(DEVICE) for t in (q, k, v, table, length)]
+
+
+def truth(q, k, v, table, length):
+    """One sequence at a time, in fp64."""
+    out = []
+    for i, n in enumerate(length.tolist()):
+        keys, values = (x[table[i].long()].flatten(0, 1)[:n].double().repeat_interleave(q.shape[1] // k.shape[2], 1) for x in (k, v))
+        p = (torch.einsum("hd,nhd->hn", q[i].double(), keys) / q.shape[-1]**0.5).softmax(-1)
+        out.append(torch.einsum("hn,nhd->hd", p, values))
+    return torch.stack(out)
+
+
+@pytest.fixture(params=["kernel", "plain"])
+def attention(request, monkeypatch):
+    if request.param == "plain":
+        return da._plain
+    if da.triton is None:
+        pytest.skip("triton is not installed: the kernel cannot be tested here, only the plain path")
+    monkeypatch.setattr(da, "INTERPRET", True)
+    return da._kernel
+
+
+SHAPES = [(3, 2, 2, 32, 16, 70), (1, 1, 1, 16, 16, 1), (5, 2, 3, 24, 16, 33), (2, 1, 20, 64, 32, 96), (40, 2, 1, 16, 16, 40)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_fp64(attention, shape):
+    args = make(*shape)
+    got = attention(*args, shape[-1], None, None)
+    torch.testing.assert_close(got.double(), truth(*args), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eight_bits_are_the_quantised_cache_exactly(attention, shape):
+    q, k, v, table, length = make(*shape)
+    (k8, ks), (v8, vs) = da.quantise(k), da.quantise(v)
+    assert (k8 * ks[..., None] - k).abs().max() <= 0.501 * ks.max()
+    got = attention(q, k8, v8, table, length, shape[-1], ks, vs)
+    want = truth(q, k8 * ks[..., None], v8 * vs[..., None], table, length)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_reach_beyond_every_length_changes_nothing(attention):
+    args = make(4, 2, 2, 16, 16, 50)
+    torch.testing.assert_close(attention(*args, 1024, None, None), attention(*args, 50, None, None), rtol=1e-5, atol=1e-6)
+
+
+def test_nan_is_not_hidden(attention):
+    q, k, v, table, length = make(3, 2, 2, 16, 16, 40)
+    q[1] = float("nan")
+    assert attention(q, k, v, table, length, 40, None, None).isnan().flatten(1).all(1).tolist() == [False, True, False]
+
+
+def test_chunks():
+    """Together they cover reach, are whole pages, at most 1024 tokens, and as many as the processors can use."""
+    for n, reach in ((1, 100), (1, 16384), (64, 16384), (512, 1000), (3, 64)):
+        chunk = da.chunk_size(n, 8, reach, 64, 132)
+        assert chunk % 64 == 0 and 0 < chunk <= 1024
+    assert da.chunk_size(1, 8, 16384, 64, 132) < da.chunk_size(64, 8, 16384, 64, 132) == 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 7, 70])
+def test_the_cpu_path(n, dtype):
+    """A page as long as the slot, keys stored by columns or by rows."""
+    q, k, v, table, length = (t.cpu() for t in make(n, 2, 3, 16, 90, 90, dtype))
+    want = truth(q, k, v, table, length)
+    slots = [x[table[:, 0].long()].transpose(1, 2).contiguous() for x in (k, v)]               # (n, Hkv, capacity, d)
+    for keys in (slots[0], slots[0].mT.contiguous().mT):
+        got = da.slot_attention(q, keys, slots[1], length)
+        torch.testing.assert_close(got.double(), want, **(dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else
+                                                          dict(rtol=2e-2, atol=2e-2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("n, longest", [(1, 16000), (256, 1500), (64, 9000)])
+def test_bf16_at_real_shapes(n, longest, int8):
+    args = make(n, 8, 2, 128, 64, longest, torch.bfloat16)
+    q, k, v, table, length = args
+    scales = None, None
+    if int8:
+        (k, ks), (v, vs) = da.quantise(k), da.quantise(v)
+        args, scales = (q, k.float() * ks[..., None], v.float() * vs[..., None], table, length), (ks, vs)
+    got = da.decode_attention(q, k, v, table, length, longest, *scales)
+    few = slice(0, 4)
+    want = truth(q[few], args[1], args[2], table[few], length[few])
+    assert (got[few].double() - want).norm() < 1e-2 * want.norm()
