@@ -161,6 +161,8 @@ class Sampler:
             if self.cuda:
                 page_bytes = 2 * layers * self.page * heads * (c.head_dim * stored.itemsize + 4 * quantised)
                 count = min(count, self._free_memory(prompts) // page_bytes)
+                if count < 2:
+                    raise torch.OutOfMemoryError
             shape = layers, min(count, self.most_pages or count), self.page, heads, c.head_dim
             self.k, self.v = (torch.zeros(shape, dtype=stored, device=device) for _ in range(2))
             if quantised:
@@ -169,8 +171,9 @@ class Sampler:
             self.host_table = torch.zeros(slots, self._pages_needed(longest), dtype=torch.int32)
             self.table = self.host_table.to(device, copy=True)
         else:
-            self.k = _lazy_zeros((layers, slots, heads, c.head_dim, longest), dtype).transpose(-1, -2)
-            self.v = _lazy_zeros((layers, slots, heads, longest, c.head_dim), dtype)
+            self.k, self.v = (_lazy_zeros((layers, slots, heads, longest, c.head_dim), dtype) for _ in range(2))
+            if dtype == torch.float32:                                             # by columns, see slot_attention
+                self.k = _lazy_zeros((layers, slots, heads, c.head_dim, longest), dtype).mT
         self.rows = torch.arange(slots, device=device)
         self.prompt_length = torch.ones(slots, device=device, dtype=torch.long)
         self.made = torch.zeros_like(self.prompt_length)                           # sampled tokens

@@ -90,7 +90,7 @@ if triton is not None:
         the log2 of its sum of exponentials -> lse (n, HKV, chunks, G), -inf for a chunk beyond the sequence."""
         row, head, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         out = ((row * HKV + head) * tl.num_programs(2) + chunk).to(tl.int64)
-        length = tl.load(length_ptr + row)
+        length = tl.load(length_ptr + row).to(tl.int32)
         gs, ds, ts = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, PAGE)
         best = tl.full((GP,), float("-inf"), tl.float32)
         total = tl.zeros((GP,), tl.float32)
@@ -153,11 +153,12 @@ def _kernel(q, k, v, table, length, reach, k_scale, v_scale):
     lse = q.new_empty(n, kv_heads, chunks, G, dtype=torch.float32)
     out = torch.empty_like(q)
     int8 = k_scale is not None
-    _chunk_kernel[n, kv_heads, chunks](
-        q.contiguous(), k, v, k_scale if int8 else q, v_scale if int8 else q, table, length, part, lse,
-        math.log2(math.e) / math.sqrt(d), table.stride(0), chunk, kv_heads, G, max(16, triton.next_power_of_2(G)), d, DP, page,
-        int8, num_warps=4, num_stages=3)
-    _join_kernel[n * kv_heads, G](part, lse, out, chunks, triton.next_power_of_2(chunks), G, d, DP, num_warps=1)
+    with torch.cuda.device_of(q):                                         # Triton launches on the current device
+        _chunk_kernel[n, kv_heads, chunks](
+            q.contiguous(), k, v, k_scale if int8 else q, v_scale if int8 else q, table, length, part, lse,
+            math.log2(math.e) / math.sqrt(d), table.stride(0), chunk, kv_heads, G, max(16, triton.next_power_of_2(G)), d, DP, page,
+            int8, num_warps=4, num_stages=3)
+        _join_kernel[n * kv_heads, G](part, lse, out, chunks, triton.next_power_of_2(chunks), G, d, DP, num_warps=1)
     return out
 
 

@@ -41,8 +41,8 @@ def write_random_model(folder, shape, seed=0):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def write_rows(path, n=256, steps=100, seed=0):
-    """Rows as guard.py writes them; 100 steps of reasoning are about 1,000 tokens."""
+def write_rows(path, n=256, steps=150, seed=0):
+    """Rows as guard.py writes them; 150 steps of reasoning are about 1,000 tokens."""
     rng, rows = random.Random(seed), []
     for i in range(n):
         thought = " ".join(rng.choices(world.STEPS, k=steps)).replace("{obj}", "it")
