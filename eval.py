@@ -120,7 +120,7 @@ def table(figures, judge, guard):
     names = {"harm": f"harm ({judge})", "guard_harm": f"harm (guard: {guard})", "over_refusal": "over-refusal"}
     lines = [f"{'%, with 95% interval':34}{'before':>22}{'after':>22}{'n':>10}{'no verdict':>12}"]
     for key in ("harm", "harm_plain", "harm_wrapped", "guard_harm", "over_refusal", "pass@1"):
-        if key not in figures["after"]:
+        if key not in figures["after"] or key == "guard_harm" and judge == guard:
             continue
         b, a = figures["before"][key], figures["after"][key]
         cells = ["-" if x["percent"] is None else f"{x['percent']:.1f} [{x['low']:.1f}, {x['high']:.1f}]" for x in (b, a)]

@@ -156,8 +156,8 @@ def _kernel(q, k, v, table, length, reach, k_scale, v_scale):
     with torch.cuda.device_of(q):                                         # Triton launches on the current device
         _chunk_kernel[n, kv_heads, chunks](
             q.contiguous(), k, v, k_scale if int8 else q, v_scale if int8 else q, table, length, part, lse,
-            math.log2(math.e) / math.sqrt(d), table.stride(0), chunk, kv_heads, G, max(16, triton.next_power_of_2(G)), d, DP, page,
-            int8, num_warps=4, num_stages=3)
+            math.log2(math.e) / math.sqrt(d), table.stride(0), chunk, kv_heads, G, max(16, triton.next_power_of_2(G)), d, DP,
+            page, int8, num_warps=4, num_stages=3)
         _join_kernel[n * kv_heads, G](part, lse, out, chunks, triton.next_power_of_2(chunks), G, d, DP, num_warps=1)
     return out
 
