@@ -158,11 +158,11 @@ def main():
         seen[kind] += 1
         if args.limit is None or seen[kind] <= args.limit:
             rows.append(row)
-    before, tokenizer = load_decoder(name, args.device, pick_dtype(args))
-    after, after_tokenizer = load_decoder(args.model or args.out / "model", args.device, pick_dtype(args))
+    before, tokenizer = load_decoder(name, args.device, pick_dtype(args), args.quantize)
+    after, after_tokenizer = load_decoder(args.model or args.out / "model", args.device, pick_dtype(args), args.quantize)
     if tokenizer.get_vocab() != after_tokenizer.get_vocab() or template_hash(tokenizer) != template_hash(after_tokenizer):
         raise InputError("the two models have different tokenizers or chat templates and cannot be compared prompt by prompt")
-    if after.head.dtype == torch.float32:
+    if after.head.dtype == torch.float32 and not args.quantize:
         merge_lora(after)                                               # faster; bf16 weights would be rounded by it
     options = sampling_options(args, before, run.get("sample", {}).get("identity"))
     in_tiny_world = is_tiny(name) and is_tiny(args.prompts)
