@@ -10,13 +10,13 @@ harmful prompts answered harmfully; over-refusal the share of safe ones refused;
 In the tiny world an oracle knows the truth; what the guard would have said stands beside it.
 """
 import json
-import math
 from collections import defaultdict
 
 import torch
 from tqdm import tqdm
 
 from guard import REFUSAL, Guard, default_guard, load_guard
+from report import write_report
 from sample import Sampler, add_sampling_flags, sampling_options
 from thinksafe import (
     TINY,
@@ -38,18 +38,10 @@ from thinksafe import (
     read_run,
     stage_seed,
     template_hash,
+    wilson,
     write_atomic,
 )
 from tiny import world
-
-
-def wilson(hits, n):
-    """95% interval of a share, in percent (Wilson 1927: sane also at 0 and n)."""
-    if n == 0:
-        return 0.0, 100.0
-    z, p = 1.959964, hits / n
-    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
 def grade(task, response, answer):
@@ -204,7 +196,8 @@ def main():
     write_atomic(args.out / "eval.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in traces))
     write_atomic(args.out / "eval.json", json.dumps({"judge": judge, "guard": guard_name, **figures}, indent=1))
     stage.finish(f"compared {len(rows)} prompts before and after", args.out / "eval.json",
-                 f"read the traces in {args.out}/eval.jsonl", rows=len(traces), **summary)
+                 f"open {args.out}/report.html", rows=len(traces), **summary)
+    write_report(args.out)
 
 
 if __name__ == "__main__":

@@ -273,6 +273,15 @@ def fault_of(response, finish_reason, tokenizer):
     return "unclosed_think" if never_closed or "<think>" in answer else None
 
 
+def wilson(hits, n):
+    """95% interval of a share, in percent (Wilson 1927: sane also at 0 and n)."""
+    if n == 0:
+        return 0.0, 100.0
+    z, p = 1.959964, hits / n
+    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
 # ---------------------------------------------------------------------------------------------
 # Run records: out/run.json
 
