@@ -1,5 +1,5 @@
 """
-out/report.html: one page that holds all of a run - the figures, how it was made, every trace. It opens from disk and loads nothing.
+out/report.html: one page that holds all of a run - the figures, how it was made, every trace. It opens from disk, loads nothing.
 
     python report.py                             # after any stage; eval.py does it at its end
     python report.py --compare out/kl out/full   # the figures of other runs beside this one's
@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from thinksafe import (
+    LABELS,
     ROOT,
     HelpFormatter,
     InputError,
@@ -44,18 +45,18 @@ def read_whole_lines(path):
 
 
 def read_traces(path, **kinds):
-    """Rows of samples.jsonl, guarded.jsonl or eval.jsonl; kinds: what further keys must hold. Raises InputError naming the row."""
+    """Rows of samples.jsonl, guarded.jsonl or eval.jsonl. kinds: what further keys must hold, else InputError with the row."""
     rows = read_whole_lines(path)
     for i, row in enumerate(rows, 1):
         check_trace({"k": 0, **row}, f"{path}, row {i}")
-        wrong = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
+        wrong = [key for key, kind in {**kinds, "p_unsafe": float | int | None}.items() if not isinstance(row.get(key), kind)]
         if wrong or row.get("when") not in (None, "before", "after"):
-            raise InputError(f"{path}, row {i}: {(wrong or ['when'])[0]} is not what a stage writes there; mend or delete that line")
+            raise InputError(f"{path}, row {i}: {(wrong or ['when'])[0]} is not what a stage writes; mend or delete that line")
     return rows
 
 
 def read_figures(out):
-    """OUT/eval.json -> {"judge", "guard", "before": {figure: {"percent", "low", "high", "n", "unknown"}}, "after": ...}; None without it."""
+    """OUT/eval.json -> {"judge", "guard", "before": {figure: {percent, low, high, n, unknown}}, "after": likewise}, or None."""
     path = out / "eval.json"
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -85,7 +86,7 @@ def curves(rows, most=500):
 
 
 def histograms(groups):
-    """{name: [lengths]} -> {"width", "groups": {name: {"counts", "median", "n"}}}: bins of one width; the last takes all beyond."""
+    """{name: [lengths]} -> {"width", "groups": {name: {"counts", "median", "n"}}}: bins of one width, the last without end."""
     lengths = sorted(n for group in groups.values() for n in group)
     if not lengths:
         return None
@@ -108,13 +109,15 @@ def summary(traces, answers):
         if row.get("keep") is False:
             verdict = row.get("response_label")
             dropped[row.get("reason") or (verdict if verdict != "safe" else "not_kept")][label] += 1
-    for name, of in labels.items():
+    kept = {}
+    for label in filter(labels.get, LABELS):
+        of = labels[label]
         low, high = wilson(of["kept"], of["judged"])
-        labels[name] = {**of, "percent": 100 * of["kept"] / of["judged"] if of["judged"] else None, "low": low, "high": high}
+        kept[label] = {**of, "percent": 100 * of["kept"] / of["judged"] if of["judged"] else None, "low": low, "high": high}
     asked = defaultdict(list)
     for row in answers:
         asked[f"{row['set']} {row['when']}"].append(row["n_tokens"])
-    return {"labels": labels, "dropped": dropped, "lengths": histograms(lengths), "eval_lengths": histograms(asked)}
+    return {"labels": kept, "dropped": dropped, "lengths": histograms(lengths), "eval_lengths": histograms(asked)}
 
 
 def shown(rows, stage):
@@ -164,14 +167,14 @@ def fill(page, **parts):
     return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], page)
 
 
-def write_report(out, compare=(), max_mb=4):
+def write_report(out, compare=(), max_mb=4.8):
     """Write OUT/report.html from what is in OUT -> a line that says what is in it. Raises InputError for a file that is damaged.
 
     compare: folders of other runs, of which eval.json is shown. max_mb: room for the traces, in megabytes of the page."""
     out, run = Path(out), read_run(out)
     samples = read_traces(out / "samples.jsonl")
-    guarded = read_traces(out / "guarded.jsonl", response_label=str, p_unsafe=float | int | None, reason=str | None)
-    answers = read_traces(out / "eval.jsonl", set=str, when=str, p_unsafe=float | int | None)
+    guarded = read_traces(out / "guarded.jsonl", response_label=str, reason=str | None)
+    answers = read_traces(out / "eval.jsonl", set=str, when=str)
     metrics = read_whole_lines(out / "metrics.jsonl")
     if not (run or samples or guarded or answers or metrics):
         raise InputError(f"{out}: nothing to report there; run python sample.py --out {out} first")
@@ -198,8 +201,8 @@ def main():
     p = Parser(description=__doc__, formatter_class=HelpFormatter)
     p.add_argument("--out", type=Path, default=Path("out"), help="folder of the run")
     p.add_argument("--compare", type=Path, nargs="+", default=(), metavar="OUT", help="folders of other runs to show beside it")
-    p.add_argument("--max-mb", type=number(float, 0.01), default=4, help="room for the traces in the page, in MB; what is beyond "
-                   "it is left out, and the page says so: first to stay are evaluation prompts whose verdict changed")
+    p.add_argument("--max-mb", type=number(float, 0.01), default=4.8, help="room for the traces in the page, in MB. What is too "
+                   "much is left out, and the page says so; evaluation prompts whose verdict changed are the last to go")
     args = p.parse_args()
     print(write_report(args.out, args.compare, args.max_mb) + f"\n  -> {args.out}/report.html")
 

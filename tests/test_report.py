@@ -359,7 +359,7 @@ def test_hostile_rows_are_inert_and_visible(visit, big):
     for i, text in enumerate(HOSTILE):
         for found, cards in ((f"train-{i}", 1), (f"eval-{i}", 2)):
             page.fill("#text", found)
-            page.locator("#trace small", has_text=f"id {found}").first.wait_for()
+            page.locator("#trace .about", has_text=f"id {found}").first.wait_for()
             assert page.locator("#trace article").count() == cards
             seen = page.locator("#trace .prompt").text_content()
             assert seen.startswith(text[:3]) and not re.search("[\0\x1b\x85\u202a-\u202e\u2028\u2066-\u2069\u200b\U000e0041]", seen)
@@ -380,7 +380,7 @@ def test_result_and_plots(visit, tmp_path):
     out, other = whole_run(tmp_path / "out"), write(tmp_path / "kl", figures=FIGURES)
     write_report(out, [other])
     page = visit(out / "report.html")
-    page.wait_for_selector("#training svg path")
+    page.wait_for_selector("#training svg[role=img]")
     text = page.inner_text("#result")
     assert "90.0 → 1.5 %" in text and "0.0 → 2.0 %" in text and "[87.0, 93.0]" in text and "sums" in text
     labels = page.locator("svg[role=img]").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
@@ -393,7 +393,7 @@ def test_result_and_plots(visit, tmp_path):
 @pytest.mark.parametrize("width, height", [(390, 844), (1280, 900)])
 def test_widths(visit, big, width, height):
     page = visit(big, width, height)
-    page.wait_for_selector("#training svg path")
+    page.wait_for_selector("#training svg[role=img]")
     assert page.evaluate("document.documentElement.scrollWidth") == width
     page.locator(".row >> nth=1").click()
     assert page.locator("#trace").is_visible() and page.locator("#list").is_visible() == (width > 760)
@@ -431,5 +431,5 @@ def test_page_of_training_on_other_rows(visit, tmp_path):
     """`train.py --data FILE` alone leaves no traces."""
     out = write(tmp_path / "out", metrics=METRICS, train=entry(rows=9, steps=30))
     write_report(out)
-    page = visit(out / "report.html", ready="#training svg path")
+    page = visit(out / "report.html", ready="#training svg[role=img]")
     assert "No traces are sampled yet" in page.inner_text("#data") and "No traces yet" in page.inner_text("#traces")
