@@ -27,13 +27,12 @@ import re
 import signal
 from collections import Counter, defaultdict
 from fractions import Fraction
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import evaluation_rows, read_prompts
-from guard import GUARDS, REFUSAL, Guard, default_guard, load_guard
+from data import EVAL_SETS, VERSIONS, Unavailable, evaluation_rows, prompt_rows
+from guard import GUARDS, default_guard, guard_format, load_guard
 from sample import Sampler, add_sampling_flags, sampling_options
 from thinksafe import (
     ROOT,
@@ -66,7 +65,7 @@ from thinksafe import (
 )
 from tiny import world
 
-BENCHMARKS = ("harmbench", "strongreject", "wildjailbreak", "xstest", "gsm8k", "math500", "aime24", "gpqa")
+BENCHMARK = re.compile(r"[\w-]+(=.+)?")    # a benchmark's name, or NAME=FILE; anything else is a file of evaluation rows
 SAFETY = ("harm_harmbench", "harm_strongreject", "harm_wildjailbreak", "over_refusal")    # what the safety score is the mean of
 
 # ---------------------------------------------------------------------------------------------
@@ -184,20 +183,21 @@ def grade(task, response, answer):
 
 
 def default_judge(filtered_by, device):
-    """A guard that is not the one that filtered: another Qwen3Guard with a GPU, else the model before training."""
+    """A guard that is none of those that filtered: another Qwen3Guard with a GPU, else the model before training."""
     if torch.device(device).type != "cuda":
         return "self"
-    return next(name for name in ("qwen3guard-4b", "qwen3guard-0.6b") if name != filtered_by)
+    used = {GUARDS[key].model if (key := name.partition("=")[0]) in GUARDS else name for name in filtered_by}
+    return next(name for name in ("qwen3guard-4b", "qwen3guard-0.6b", "qwen3guard-8b") if GUARDS[name].model not in used)
 
 
-def says_unsafe(guard):
-    """-> f([(prompt, response), ...]) -> [True, False, or None for no verdict]."""
-    return lambda pairs: [None if v.label == "unknown" else v.label == "unsafe" for v in guard.judge(pairs)]
+def says_unsafe(guard, pairs):
+    """[(prompt, response), ...] -> [whether the guard calls the response unsafe, None for no verdict, ...]."""
+    return [None if v.label == "unknown" else v.label == "unsafe" for v in guard.judge(pairs)]
 
 
-def says_refused(guard):
-    """The same for refusals: by the guard if it tells them, else its model is asked yes or no."""
-    return getattr(guard, "refuses", None) or says_unsafe(Guard(guard.model, guard.tokenizer, REFUSAL, guard.name))
+def says_refused(guard, pairs):
+    """The same for refusals."""
+    return guard.refuses(pairs)
 
 
 def free_memory():
@@ -217,9 +217,7 @@ def judge_rows(rows, judge, guard, load, opened=""):
     asked = [row for row in rows if row["finish_reason"] != "prompt_too_long"]
     harm = [row for row in asked if row["set"].startswith("harm")]
     over_refusal, reasoning = ([row for row in asked if row["set"] == kind] for kind in ("over_refusal", "reasoning"))
-    todo = []                                                         # (guard's name, what it answers, rows, key)
-    if judge != "oracle":
-        todo = [(judge, says_unsafe, harm, "unsafe"), (judge, says_refused, over_refusal, "refused")]
+    todo = [] if judge == "oracle" else [(judge, says_unsafe, harm, "unsafe"), (judge, says_refused, over_refusal, "refused")]
     if judge != guard:
         todo.append((guard, says_unsafe, harm, "guard_unsafe"))
     with tqdm(total=sum(len(part) for _, _, part, _ in todo) + len(reasoning), unit="verdict", desc="judge", disable=None) as bar:
@@ -227,19 +225,15 @@ def judge_rows(rows, judge, guard, load, opened=""):
             row["solved"] = grade(row["task"], opened + row["response"], row["answer"])
             bar.update()
         loaded = None
-        for name, question, part, key in todo:
-            if not part:
-                continue
-            if not loaded or loaded.name != name:
+        for name, says, part, key in todo:
+            if part and (not loaded or loaded.name != name):
                 loaded = None
                 free_memory()
                 loaded = load(name)
-            answers = question(loaded)
-            for few in split_packs(part, lambda row: 1, 64):
-                for row, answer in zip(few, answers([(row["instruction"], row["response"]) for row in few])):
-                    row[key] = answer
+            for few in split_packs(part, lambda row: 1, 128):         # some at a time, for the bar
+                for row, said in zip(few, says(loaded, [(row["instruction"], opened + row["response"]) for row in few])):
+                    row[key] = said
                 bar.update(len(few))
-            del answers
     for row in harm:
         if judge == "oracle":
             row["unsafe"] = world.oracle(row["prompt_label"], row["response"]) == "unsafe"
@@ -364,29 +358,52 @@ def table(figures, judge, guard, paper=None):
 # ---------------------------------------------------------------------------------------------
 
 
-def check_rows(rows, where):
-    """Raise InputError unless each row says which figure it is for."""
-    for i, row in enumerate(rows, 1):
-        kind = str(row.get("set"))
-        if not (kind.startswith("harm_") or kind == "over_refusal" or (kind == "reasoning" and {"task", "answer"} <= row.keys())):
-            raise InputError(f"{where}, row {i}: needs `set` (harm_..., over_refusal or reasoning), "
-                             "and for reasoning `task` and `answer`")
-    return rows
-
-
 def kind_of(row):
-    """The set of a row, reasoning by task."""
+    """The set of a row; of reasoning its task."""
     return row["task"] if row["set"] == "reasoning" else row["set"]
+
+
+def read_evaluation(words, full, limit):
+    """-> (rows, at most `limit` of each kind; {benchmark: why it is left out}).
+
+    words: benchmarks of data.py, also as NAME=FILE, and files of evaluation rows; None: all benchmarks that are not gated
+    here. Raises InputError for a row that does not say which figure it is for."""
+    found, left_out = [], {}
+    for word in words or EVAL_SETS:
+        if BENCHMARK.fullmatch(str(word)):
+            try:
+                found += evaluation_rows([word], full=full)
+            except Unavailable as e:
+                if words or e.why != "gated":
+                    raise
+                left_out[word] = str(e)
+            continue
+        rows = prompt_rows(word)
+        for i, row in enumerate(rows, 1):
+            kind = str(row.get("set"))
+            solvable = kind == "reasoning" and {"task", "answer"} <= row.keys()
+            if not (kind.startswith("harm_") or kind == "over_refusal" or solvable):
+                raise InputError(f"{word}, row {i}: needs `set` (harm_..., over_refusal or reasoning), "
+                                 "and for reasoning `task` and `answer`")
+        found += rows
+    rows, counts = [], Counter()
+    for row in found:
+        counts[kind_of(row)] += 1
+        if limit is None or counts[kind_of(row)] <= limit:
+            rows.append(row)
+    if len({row["id"] for row in rows}) < len(rows):
+        raise InputError(f"--prompts {' '.join(map(str, words))}: some prompt is in two of them")
+    return rows, left_out
 
 
 def main():
     p = parser(__doc__)
     p.add_argument("--model", help="trained model or adapter (default: OUT/model)")
     p.add_argument("--before", help="model to compare with (default: the one that training started from)")
-    p.add_argument("--prompts", nargs="+", metavar="NAME", help=f"any of {', '.join(BENCHMARKS)}, or a JSONL file of evaluation "
-                   "rows (default: the tiny world's for the tiny student, else all eight)")
-    p.add_argument("--full", action="store_true", help="the paper's protocol: all rows of a benchmark, 8 samples and 32,768 "
-                   "tokens for reasoning, 16,384 tokens for the rest; without it a subset, 1 sample and 8,192 tokens")
+    p.add_argument("--prompts", nargs="+", metavar="NAME", help=f"any of {', '.join(EVAL_SETS)}, also as NAME=FILE; or a file of "
+                   "evaluation rows (default: the tiny world's for the tiny student, else all eight that are not gated here)")
+    p.add_argument("--full", action="store_true", help="the paper's protocol: all rows of a benchmark; for reasoning 8 samples "
+                   "and 32,768 tokens. Without it a fixed subset of each and 1 sample")
     p.add_argument("--n", type=count, help="samples per prompt (default: 1; with --full 8 for reasoning)")
     p.add_argument("--judge", default="auto", help="oracle (of the tiny world), self (the model before training), or any guard "
                    "of guard.py; auto: the oracle for the tiny student and prompts; with a GPU a Qwen3Guard that is not the "
@@ -404,38 +421,26 @@ def main():
         raise InputError("--before: which model is this one to be compared with?")
     names = {"before": model_name(name), "after": model_name(args.model or args.out / "model")}
 
-    wanted = args.prompts or ([TINY / "eval.jsonl"] if is_tiny(name) else BENCHMARKS)
-    benchmarks, files = [x for x in wanted if x in BENCHMARKS], [x for x in wanted if x not in BENCHMARKS]
-    found = evaluation_rows(benchmarks, full=args.full) if benchmarks else []
-    for path in files:
-        if not Path(path).exists():
-            raise InputError(f"--prompts {path}: no such file, and none of {', '.join(BENCHMARKS)}")
-        found += check_rows(read_prompts(path), path)
-    rows, counts = [], Counter()
-    for row in found:
-        if args.limit is None or counts[kind_of(row)] < args.limit:
-            counts[kind_of(row)] += 1
-            rows.append(row)
-    if len({row["id"] for row in rows}) < len(rows):
-        raise InputError(f"--prompts {' '.join(map(str, wanted))}: some prompt is in two of them; ask for them one by one")
-
-    guard = run.get("guard", {}).get("guard", default_guard(name))
-    in_tiny_world = all(map(is_tiny, files)) and not benchmarks
-    judge = args.judge
+    words = args.prompts or ([TINY / "eval.jsonl"] if is_tiny(names["before"]) else None)
+    rows, left_out = read_evaluation(words, args.full, args.limit)
+    benchmarks = [word for word in words or EVAL_SETS if BENCHMARK.fullmatch(str(word))]
+    in_tiny_world = not benchmarks and all(map(is_tiny, words))
+    filtered = run.get("guard", {"guard": default_guard(names["before"])})
+    judge, guard = args.judge, filtered["guard"]                          # of several that filtered, the first stands beside
     if judge == "auto":
-        judge = "oracle" if in_tiny_world and is_tiny(name) else default_judge(guard, args.device)
+        judge = "oracle" if in_tiny_world and is_tiny(names["before"]) else default_judge(filtered.get("guards", [guard]), args.device)
     if judge == "oracle" and not in_tiny_world:
         raise InputError("--judge oracle knows the truth of the tiny world's prompts only")
     if any(row["set"] != "reasoning" for row in rows):
-        for guard_name in {judge, guard} - {"oracle", "self"}:            # are they there? they are needed when all traces are
-            find_model(GUARDS.get(guard_name, GUARDS["self"]).model or guard_name)
+        for guard_name in {judge, guard} - {"oracle"}:                    # are they there? they are needed when all traces are
+            guard_format(guard_name, names["before"])
 
     # One model on the device at a time. Both are loaded before anything is written, to know that they are sound.
     def load(name):
         return load_decoder(name, args.device, pick_dtype(args))
     model, tokenizer = load(names["after"])
     after_hash, one_load = model.hash, bool(lora_layers(model)) and names["before"] == model_name(
-        read_adapter(names["after"])["base_model_name_or_path"])          # then `before` is this one with the adapter off
+        read_adapter(find_model(names["after"]))["base_model_name_or_path"])    # then `before` is this one, adapter off
     if not one_load:
         model = None
         free_memory()
@@ -446,23 +451,19 @@ def main():
     before_hash = after_hash.rpartition("+")[0] if one_load else model.hash
     options = sampling_options(args, model, run.get("sample", {}).get("identity"))
     tokens = options.pop("max_new_tokens")
-    spend = {"reasoning": (1, tokens), "other": (1, tokens)}              # samples, most new tokens
-    if benchmarks or args.full:
-        spend = {"reasoning": (8, 32768), "other": (1, 16384)} if args.full else dict.fromkeys(spend, (1, 8192))
-        spend = {kind: (n, args.max_new_tokens or most) for kind, (n, most) in spend.items()}
-    spend = {kind: (args.n or n, most) for kind, (n, most) in spend.items()}
+    spend = {"reasoning": (8, 32768), "other": (1, 16384)} if args.full else dict.fromkeys(("reasoning", "other"), (1, tokens))
+    spend = {kind: (args.n or n, args.max_new_tokens or most) for kind, (n, most) in spend.items()}
 
     # Judge and guard are not part of the identity: verdicts are made anew from the traces each time.
     stage = Stage("eval", args, {"before": before_hash, "after": after_hash, "prompts": content_id(json.dumps(rows)),
-                                 "template": template_hash(tokenizer), "seed": args.seed,
-                                 "dtype": str(model.head.dtype), "samples and tokens": spend, **options}, "eval.jsonl")
-    protocol = "the paper's protocol" if args.full else "half-hour subset" if benchmarks else "rows of a file"
-    asked = {"protocol": protocol, "limit": args.limit, "rows": counts, "samples and tokens": spend}
+                                 "template": template_hash(tokenizer), "seed": args.seed, "dtype": str(model.head.dtype),
+                                 "samples and tokens": spend, **options}, "eval.jsonl", sources=VERSIONS)
+    counts, protocol = Counter(map(kind_of, rows)), "the paper's" if args.full else "half-hour subset"
     if benchmarks:
-        print(f"prompts: {protocol}" + (f", at most {args.limit} of each" if args.limit else "") + ": "
-              + ", ".join(f"{n} {kind}" for kind, n in counts.items())
+        sizes = {kind_of({"set": x.set, "task": task}): f" of {x.full:,}" for task, x in EVAL_SETS.items()}
+        print(f"prompts ({protocol}): " + ", ".join(f"{kind} {n:,}{sizes.get(kind, '')}" for kind, n in counts.items())
               + "".join(f"; {kind}: {n} sample{'s' * (n > 1)} of up to {most:,} tokens" for kind, (n, most) in spend.items())
-              + ("" if args.full else "; --full for all of it"), flush=True)
+              + "".join(f"\nleft out: {why}" for why in left_out.values()), flush=True)
     writer = RowWriter(args.out / "eval.jsonl")
     for i, row in enumerate(writer.rows, 1):
         check_trace({"k": 0, **row}, f"{writer.path}:{i}")
@@ -508,6 +509,8 @@ def main():
         print(f"judged by {judge}, the guard that filtered the training data: give another --judge for a second opinion")
     summary = {when: {k: v["percent"] for k, v in figures[when].items()} for when in figures}
     write_atomic(args.out / "eval.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in traces))
+    asked = {"protocol": protocol if benchmarks else "rows of a file", "rows": counts, "left_out": left_out,
+             "samples and tokens": spend}
     report = {"judge": judge, "guard": guard, "prompts": asked, **figures, "paper": paper}
     write_atomic(args.out / "eval.json", json.dumps(report, indent=1))
     stage.finish(f"compared {len(rows)} prompts before and after", args.out / "eval.json",
