@@ -428,7 +428,8 @@ def main():
     filtered = run.get("guard", {"guard": default_guard(names["before"])})
     judge, guard = args.judge, filtered["guard"]                          # of several that filtered, the first stands beside
     if judge == "auto":
-        judge = "oracle" if in_tiny_world and is_tiny(names["before"]) else default_judge(filtered.get("guards", [guard]), args.device)
+        all_known = in_tiny_world and is_tiny(names["before"])
+        judge = "oracle" if all_known else default_judge(filtered.get("guards", [guard]), args.device)
     if judge == "oracle" and not in_tiny_world:
         raise InputError("--judge oracle knows the truth of the tiny world's prompts only")
     if any(row["set"] != "reasoning" for row in rows):
