@@ -7,8 +7,8 @@ The model before and after training: harm, over-refusal and reasoning side by si
     python eval.py --prompts my_eval.jsonl --judge Qwen/Qwen3-4B
 
 The tiny student is asked the tiny world's prompts, where an oracle knows the truth. Any other model is asked the
-paper's eight benchmarks, unless told otherwise a fixed subset of them that takes half an hour for Qwen3-0.6B on an
-RTX 4090; the paper's figures for the same model stand beside.
+paper's eight benchmarks, without --full a fixed subset of them that is to take half an hour for Qwen3-0.6B on an RTX
+4090; the paper's figures for the same model stand beside.
 
 Rows of a file have `instruction`, `prompt_label` and `set`: harm_..., over_refusal (harmful-sounding but safe), or
 reasoning with `task` and `answer`. Harm is the share of harmful prompts answered harmfully; over-refusal the share of
@@ -82,7 +82,7 @@ def final_answer(response):
 
     Looked for after the last </think> only; reasoning that was never closed has no answer. The content of the last
     \\boxed{...}; else what follows the last "answer is", "answer:" or "#### " up to the end of its formula or sentence;
-    else the last line. A last box without its closing brace is no answer."""
+    else the last line. A last box without its closing brace is no answer, nor is a last line that stops in mid-sentence."""
     answer = response.rpartition("</think>")[2]
     if "<think>" in answer:
         return None
@@ -95,7 +95,9 @@ def final_answer(response):
         return None
     end = max((m.end() for m in SAID.finditer(answer)), default=None)
     if end is None:
-        text = answer.rstrip().rpartition("\n")[2]
+        text = re.sub(r"^\s*(?:\d+[.)]|[-*#]+)\s+", "", answer.rstrip().rpartition("\n")[2])      # as a list's 3. is no answer
+        if re.search("[a-z] [a-z]", text) and text[-1] not in ".!*$)}":
+            return None
     else:
         formula = FORMULA.match(answer[end:end + LONGEST])
         text = next(filter(None, formula.groups())) if formula else re.split(r"[.!]\s|\n", answer[end:end + LONGEST])[0]
@@ -277,7 +279,7 @@ def share(problems):
     known = [[v for v in samples if v is not None] for samples in problems]
     known = [samples for samples in known if samples]
     n, (low, high) = sum(map(len, known)), clustered(known)
-    return {"percent": round(100 * sum(map(sum, known)) / n, 2) if n else None, "low": round(low, 2), "high": round(high, 2),
+    return {"percent": 100 * sum(map(sum, known)) / n if n else None, "low": low, "high": high,
             "n": n, "unknown": sum(map(len, problems)) - n, "problems": len(known)}
 
 
@@ -288,7 +290,7 @@ def mean_of(shares):
         return {"percent": None, "low": 0.0, "high": 100.0, **out}
     mean = sum(x["percent"] for x in shares) / len(shares)
     low, high = (math.hypot(*(x["percent"] - x[limit] for x in shares)) / len(shares) for limit in ("low", "high"))
-    return {"percent": round(mean, 2), "low": round(mean - low, 2), "high": round(mean + high, 2), **out}
+    return {"percent": mean, "low": mean - low, "high": mean + high, **out}
 
 
 def figures_of(row):
@@ -315,7 +317,7 @@ def measure(rows):
             verdicts[figure][row["id"]].append(verdict)
     out = {figure: share(list(problems.values())) for figure, problems in verdicts.items()}
     out |= {name: mean_of([out[part] for part in parts]) for name, parts in means(out).items()}
-    return dict(sorted(out.items()))
+    return {figure: {k: round(v, 2) if v else v for k, v in out[figure].items()} for figure in sorted(out)}
 
 
 def paper_figures(model, figures):
@@ -425,8 +427,9 @@ def main():
     rows, left_out = read_evaluation(words, args.full, args.limit)
     benchmarks = [word for word in words or EVAL_SETS if BENCHMARK.fullmatch(str(word))]
     in_tiny_world = not benchmarks and all(map(is_tiny, words))
-    filtered = run.get("guard", {"guard": default_guard(names["before"])})
-    judge, guard = args.judge, filtered["guard"]                          # of several that filtered, the first stands beside
+    filtered = run.get("guard", {})
+    guard = filtered.get("guard") or default_guard(names["before"])       # of several that filtered, the first stands beside
+    judge = args.judge
     if judge == "auto":
         all_known = in_tiny_world and is_tiny(names["before"])
         judge = "oracle" if all_known else default_judge(filtered.get("guards", [guard]), args.device)
@@ -440,8 +443,8 @@ def main():
     def load(name):
         return load_decoder(name, args.device, pick_dtype(args))
     model, tokenizer = load(names["after"])
-    after_hash, one_load = model.hash, bool(lora_layers(model)) and names["before"] == model_name(
-        read_adapter(find_model(names["after"]))["base_model_name_or_path"])    # then `before` is this one, adapter off
+    after_hash, adapter = model.hash, lora_layers(model) and read_adapter(find_model(names["after"]))
+    one_load = bool(adapter) and model_name(adapter["base_model_name_or_path"]) == names["before"]      # with the adapter off
     if not one_load:
         model = None
         free_memory()
@@ -468,7 +471,9 @@ def main():
     writer = RowWriter(args.out / "eval.jsonl")
     for i, row in enumerate(writer.rows, 1):
         check_trace({"k": 0, **row}, f"{writer.path}:{i}")
-    done = {(row["id"], row.get("when"), row.get("k", 0)) for row in writer.rows}
+        if row.get("when") not in ("before", "after"):
+            raise InputError(f"{writer.path}:{i}: not a row of eval.py")
+    done = {(row["id"], row["when"], row.get("k", 0)) for row in writer.rows}
     traces = writer.rows
 
     def spent(row):

@@ -53,6 +53,9 @@ DATA = Path(os.environ.get("THINKSAFE_DATA", ROOT.parent / "shared" / "data"))
     ("gsm8k", "\\boxed{\\sqrt{18}}", "18", False),
     ("gsm8k", "\\boxed{18^2}", "18", False),
     ("gsm8k", "#### 3. The market\nShe makes **$18** every day.", "18", True),
+    ("gsm8k", "1. She sells 9 eggs.\n18. The eggs bring", "18", False),               # cut off
+    ("gsm8k", "1. She sells 9 eggs.\n2. The eggs bring 18", "18", False),
+    ("gsm8k", "First she eats.\n18", "18", True),
     ("gsm8k", "She sells 9 eggs for 18 dollars.", "18", False),                        # which of the two?
     ("gsm8k", "The answer is 18, no, 19.", "18", False),
     ("gsm8k", "The answer is 18. Sorry, the answer is 19.", "18", False),
@@ -188,9 +191,8 @@ def test_clustered_by_hand():
     assert clustered([[True] * 4, [True] * 4, [True, False, True, False], [False] * 4]) == pytest.approx(wilson(0.625 * 60 / 11, 60 / 11))
     assert clustered([[True] * 8] * 30) == wilson(30, 30)                                        # 30 problems, not 240
     assert clustered([[True, False]] * 6) == wilson(6, 12)                                       # never more than the samples
-    assert share([[True, None], [None], [False, False]]) == {
-        "percent": 33.33, "low": round(clustered([[True], [False, False]])[0], 2), "high": round(clustered([[True], [False, False]])[1], 2),
-        "n": 3, "unknown": 2, "problems": 2}
+    low, high = clustered([[True], [False, False]])
+    assert share([[True, None], [None], [False, False]]) == {"percent": 100 / 3, "low": low, "high": high, "n": 3, "unknown": 2, "problems": 2}
 
 
 def test_clustered_against_a_bootstrap_over_problems():
