@@ -1,5 +1,6 @@
 """Graders, intervals, figures, and the order of work of eval.py."""
 import gc
+import itertools
 import json
 import os
 import random
@@ -204,9 +205,11 @@ def test_clustered_against_a_bootstrap_over_problems():
     assert means[-101] - means[100] > 1.8 * (naive[1] - naive[0])                                # which is why
 
 
-def row(kind, n=[0], **more):                                                                    # noqa: B006
-    n[0] += 1
-    return {"id": str(n[0]), "set": kind, "unsafe": None, "refused": None, "solved": None, "guard_unsafe": None, **more}
+ids = itertools.count()
+
+
+def row(kind, **more):
+    return {"id": str(next(ids)), "set": kind, "unsafe": None, "refused": None, "solved": None, "guard_unsafe": None, **more}
 
 
 def test_figures():
@@ -370,7 +373,7 @@ def test_an_adapter_and_its_base_are_loaded_once(prompts, loads, tmp_path):
     flags = ["--before", "tiny", "--prompts", prompts, "--max-new-tokens", 12, "--n", 2, "--judge", "tiny"]
     done = call("eval.py", "--out", tmp_path / "out", "--model", tmp_path / "adapter", *flags)
     assert done.returncode == 0, done.stderr
-    assert loads == ["adapter", "tiny/guard"] or loads == ["adapter", "guard"]
+    assert loads == ["adapter", "guard"]
     one = {(r["id"], r["when"], r["k"]): r["response"] for r in rows_of(tmp_path / "out" / "eval.jsonl")}
     assert len(one) == 12 and len(set(one.values())) > 6
     assert all(one[i, "before", k] != one[i, "after", k] for i, _, k in one)
@@ -385,7 +388,7 @@ def test_samples_resume(prompts, tmp_path):
     flags = ["--out", out, "--model", ROOT / "tiny" / "teacher", "--before", "tiny", "--prompts", prompts, "--n", 3, "--judge", "tiny", "--max-new-tokens", 16]
     done = call("eval.py", *flags)
     assert done.returncode == 0, done.stderr
-    assert "18 prompts" not in done.stdout and done.json["rows"] == 18
+    assert done.json["rows"] == 18
     lines = (out / "eval.jsonl").read_bytes().splitlines(keepends=True)
     rows = [json.loads(line) for line in lines]
     assert sorted({(r["when"], r["k"]) for r in rows}) == [(when, k) for when in ("after", "before") for k in (0, 1, 2)]
