@@ -40,7 +40,7 @@ OF_PROMPT = ("id", "k", "set", "instruction", "prompt_label", "task", "answer") 
 
 def read_whole_lines(path):
     """Rows of a JSONL file that a stage may still be writing, without a last line that lacks its \\n; [] if there is none."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")[:-1] if path.exists() else []
     return [parse_row(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -56,16 +56,19 @@ def read_traces(path, **kinds):
 
 
 def read_figures(out):
-    """OUT/eval.json -> {"judge", "guard", "before": {figure: {percent, low, high, n, unknown}}, "after": likewise}, or None."""
+    """OUT/eval.json -> {"judge", "guard", "before": {figure: {percent, low, high, ...}}, "after": likewise,
+    "paper": {when: {figure: percent}}}; None when it is not there yet."""
     path = out / "eval.json"
     try:
         found = json.loads(path.read_text("utf-8"))
-        figures = {when: {name: {key: of.get(key) for key in ("percent", "low", "high", "n", "unknown")}
+        figures = {when: {name: {key: of.get(key) for key in ("percent", "low", "high", "n", "unknown", "problems")}
                           for name, of in found[when].items()} for when in ("before", "after")}
+        paper = {when: dict(of) for when, of in (found.get("paper") or {}).items()}
         values = [v for when in figures.values() for of in when.values() for v in of.values()]
+        values += [v for of in paper.values() for v in of.values()]
         if not all(v is None or type(v) in (int, float) and math.isfinite(v) for v in values):
             raise ValueError
-        return {"judge": str(found.get("judge")), "guard": str(found.get("guard")), **figures}
+        return {"judge": str(found.get("judge")), "guard": str(found.get("guard")), **figures, "paper": paper}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -116,7 +119,8 @@ def summary(traces, answers):
         kept[label] = {**of, "percent": 100 * of["kept"] / of["judged"] if of["judged"] else None, "low": low, "high": high}
     asked = defaultdict(list)
     for row in answers:
-        asked[f"{row['set']} {row['when']}"].append(row["n_tokens"])
+        kind = f"reasoning {row['task']}" if row["set"] == "reasoning" and row.get("task") else row["set"]
+        asked[f"{kind} {row['when']}"].append(row["n_tokens"])
     return {"labels": kept, "dropped": dropped, "lengths": histograms(lengths), "eval_lengths": histograms(asked)}
 
 

@@ -4,7 +4,7 @@ out/guarded.jsonl -> the student fine-tuned on (original prompt -> own safe trac
     python train.py                        # LoRA; the paper's recipe, or the tiny world's for the tiny student
     python train.py --kl                   # forward KL to the frozen student on benign rows, instead of cross-entropy
     python train.py --full                 # all weights
-    python train.py --data my_rows.jsonl   # any rows with instruction, response, prompt_label
+    python train.py --data star1           # other rows: a set of data.py, a file, or a data set of the hub
 
 Rows are packed without padding and do not see each other. The loss of a step is summed over its target
 tokens and divided by their number, however many passes it took: packing changes speed, not the loss (up to
@@ -21,13 +21,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from data import EVAL_SETS, VERSIONS, label_counts, overlap, training_rows
 from kernels.ce_kl import ce_kl_loss
 from thinksafe import (
+    LABELS,
+    TINY,
     InputError,
     RowWriter,
     Stage,
     add_lora,
-    check_row,
     cli,
     content_id,
     count,
@@ -221,7 +223,9 @@ def restore_checkpoint(trainable, optimizer, tensors):
 def main():
     p = parser(__doc__)
     p.add_argument("--model", help="student (default: the model that sample.py used)")
-    p.add_argument("--data", help="rows to train on (default: OUT/guarded.jsonl)")
+    p.add_argument("--data", help="rows to train on: star1, directrefusal, thinksafe-qwen3-0.6b, ...: a set of data.py; or a "
+                   "file, URL or hub name as for sample.py --prompts (default: OUT/guarded.jsonl)")
+    p.add_argument("--label", choices=LABELS, help="what prompts of --data are that have no label of their own")
     p.add_argument("--kl", action="store_true", help="benign rows: forward KL to the frozen student instead of cross-entropy")
     p.add_argument("--full", action="store_true", help="train all weights instead of LoRA (in fp32, whatever --dtype says)")
     p.add_argument("--merge", action="store_true", help="write a merged model that transformers loads, instead of an adapter")
@@ -252,15 +256,7 @@ def main():
     recipe = dict(TINY_RECIPE if is_tiny(name) else PAPER)
     recipe |= {k: getattr(args, k) for k in recipe if getattr(args, k) is not None}
     path = args.data or args.out / "guarded.jsonl"
-    rows = read_rows(path)
-    for i, row in enumerate(rows, 1):
-        check_row(row, f"{path}, row {i}")
-        if not isinstance(row.get("response"), str):
-            raise InputError(f"{path}, row {i}: no text under 'response'")
-        if "steer" in row and "response_label" not in row:
-            raise InputError(f"{path}, row {i}: a trace that no guard has judged; run guard.py first")
-        row["id"] = str(row.get("id", content_id(row["prompt_label"], row["instruction"], row["response"])))
-
+    rows = training_rows(path, args.label)
     if args.cache_reference and not args.kl:
         raise InputError("--cache-reference keeps the reference of --kl, which is not asked for")
     dtype = torch.float32 if args.full else pick_dtype(args)               # bf16 weights would lose steps of 1e-5
@@ -289,8 +285,9 @@ def main():
         identity["pack_tokens"] = args.pack_tokens
     checkpoint, metrics = args.out / "checkpoint.safetensors", args.out / "metrics.jsonl"
     state = load_state(checkpoint) if checkpoint.exists() else None
-    stage = Stage("train", args, identity, "metrics.jsonl", model=name)
+    stage = Stage("train", args, identity, "metrics.jsonl", model=name, sources=VERSIONS)
     steps = list(batches(len(items), recipe["batch_size"], recipe["epochs"], args.seed))
+    print(f"data: {label_counts(rows)}\n{overlap(rows, [TINY / 'eval.jsonl'] if is_tiny(name) else EVAL_SETS)}")
     n_harmful = sum(not item["benign"] for item in items)
     print(f"train: {len(items)} rows ({n_harmful} harmful, {len(items) - n_harmful} benign), {len(steps)} steps, "
           f"{sum(q.numel() for q in trainable.values()):,} weights"

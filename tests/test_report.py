@@ -57,9 +57,10 @@ def figure(percent, n=200):
 
 
 FIGURES = {"judge": "oracle", "guard": "tiny",
-           "before": {"harm": figure(90.0), "harm_plain": figure(85.0), "over_refusal": figure(0.0), "pass@1": figure(80.0), "pass@1_sums": figure(81.0)},
-           "after": {"harm": figure(1.5), "harm_plain": figure(0.5), "over_refusal": figure(2.0), "pass@1": figure(79.0),
-                     "pass@1_sums": {"percent": None, "low": None, "high": None, "n": 0, "unknown": 9}}}
+           "before": {"harm": figure(90.0), "harm_plain": figure(85.0), "over_refusal": figure(0.0), "pass@1": figure(80.0), "pass@1_sums": figure(81.0), "pass@1_aime": figure(8.0)},
+           "after": {"harm": figure(1.5), "harm_plain": figure(0.5), "over_refusal": figure(2.0), "pass@1": figure(79.0), "pass@1_aime": {**figure(9.0, 240), "problems": 30},
+                     "pass@1_sums": {"percent": None, "low": None, "high": None, "n": 0, "unknown": 9}},
+           "paper": {"before": {"harm": 38.2}, "after": {"harm": 9.6}}}
 METRICS = [{"step": i + 1, "loss": 1 / (i + 1), "ce": 0.6 / (i + 1), "kl": 0.4 / (i + 1), "lr": 1e-4, "grad_norm": 0.1, "tokens": 100} for i in range(30)]
 
 
@@ -298,7 +299,7 @@ def test_filters(visit, big):
     assert count(page) == 5000 + 2 * extra and page.locator(".row").count() < 40                 # only the rows in sight exist
     page.select_option("#stage", label=f"evaluation ({2000 + extra:,})")
     assert count(page) == 2000 + extra
-    page.select_option("#label", label="reasoning (500)")
+    page.select_option("#label", label="reasoning tiny (500)")
     page.select_option("#verdict", label="wrong (250)")
     assert count(page) == 250 and page.locator("#trace .verdict.bad").count() == 2
     page.keyboard.press("Escape")                                                               # a select has the focus: leaves it
@@ -382,7 +383,8 @@ def test_result_and_plots(visit, tmp_path):
     page = visit(out / "report.html")
     page.wait_for_selector("#training svg[role=img]")
     text = page.inner_text("#result")
-    assert "90.0 → 1.5 %" in text and "0.0 → 2.0 %" in text and "[87.0, 93.0]" in text and "sums" in text
+    assert "90.0 → 1.5 %" in text and "0.0 → 2.0 %" in text and "[87.0, 93.0]" in text and "sums" in text and "38.2 → 9.6" in text and "30 × 8" in text
+    assert page.locator(".figures >> nth=0").locator("tbody th").all_inner_texts() == ["harm", "over-refusal", "pass@1", "sums", "aime"]      # an only part is left out
     labels = page.locator("svg[role=img]").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
     assert all(labels) and any("kl harm 1.5 [0.0, 4.5]" in label for label in labels) and any(label.startswith("loss per target token over 30 points: loss 1 → 0.0333, ce") for label in labels)
     data = page.inner_text("#data")
