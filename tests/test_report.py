@@ -57,7 +57,7 @@ def figure(percent, n=200):
 
 
 FIGURES = {"judge": "oracle", "guard": "tiny",
-           "before": {"harm": figure(90.0), "harm_plain": figure(85.0), "over_refusal": figure(0.0), "pass@1": figure(80.0), "pass@1_sums": figure(81.0), "pass@1_aime": figure(8.0)},
+           "before": {"harm": figure(92.25), "harm_plain": figure(85.0), "over_refusal": figure(0.0), "pass@1": figure(80.0), "pass@1_sums": figure(81.0), "pass@1_aime": figure(8.0)},
            "after": {"harm": figure(1.5), "harm_plain": figure(0.5), "over_refusal": figure(2.0), "pass@1": figure(79.0), "pass@1_aime": {**figure(9.0, 240), "problems": 30},
                      "pass@1_sums": {"percent": None, "low": None, "high": None, "n": 0, "unknown": 9}},
            "paper": {"before": {"harm": 38.2}, "after": {"harm": 9.6}}}
@@ -383,7 +383,7 @@ def test_result_and_plots(visit, tmp_path):
     page = visit(out / "report.html")
     page.wait_for_selector("#training svg[role=img]")
     text = page.inner_text("#result")
-    assert "90.0 → 1.5 %" in text and "0.0 → 2.0 %" in text and "[87.0, 93.0]" in text and "sums" in text and "38.2 → 9.6" in text and "30 × 8" in text
+    assert "92.2 → 1.5 %" in text and "0.0 → 2.0 %" in text and "[89.2, 95.2]" in text and "sums" in text and "38.2 → 9.6" in text and "30 × 8" in text
     assert page.locator(".figures >> nth=0").locator("tbody th").all_inner_texts() == ["harm", "over-refusal", "pass@1", "sums", "aime"]      # an only part is left out
     labels = page.locator("svg[role=img]").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
     assert all(labels) and any("kl harm 1.5 [0.0, 4.5]" in label for label in labels) and any(label.startswith("loss per target token over 30 points: loss 1 → 0.0333, ce") for label in labels)
