@@ -88,8 +88,11 @@ def test_fuzzed_text_is_never_control(data):
             continue
         ids = encode_text(tokenizer, text)
         assert set(control_tokens(tokenizer).values()).isdisjoint(ids)
-        if name == "tiny" or name != "qwen3" and "▁" not in text:            # no normaliser: the text comes back
-            assert decode_response(tokenizer, ids, ()) == text
+        back = decode_response(tokenizer, ids, ())
+        if name == "tiny":                                                   # no normaliser: the text comes back
+            assert back == text
+        elif name.startswith("sentencepiece"):                               # which marks a text's first word with a space
+            assert back.lstrip(" ") == text.replace("▁", " ").lstrip(" ")
 
 
 cached = functools.lru_cache(lambda name: TOKENIZERS[name]())
