@@ -96,7 +96,7 @@ AI assistant:
 
 Answers: [/INST]
 <|assistant|>
-"""                                                           # the model card of allenai/wildguard; its tokenizer has no template
+"""                                                           # as the model card of allenai/wildguard has it
 
 NO, YES = ("no", "No", " no", " No", "NO"), ("yes", "Yes", " yes", " Yes", "YES")
 LLAMA_GUARD = Format("meta-llama/Llama-Guard-3-8B", None, ("\n\n",), ("safe",), ("unsafe",), template="First line must read")
@@ -353,10 +353,9 @@ def main():
                 for row in new:
                     each = {name: verdicts[name][row_key(row)] for name in names}
                     v = combine(each.values())
-                    judged[row_key(row)] = {**row, "response_label": v.label, "p_unsafe": v.p_unsafe, "guard": " + ".join(names),
-                                            "reason": v.reason}
-                    if len(names) > 1:
-                        judged[row_key(row)]["verdicts"] = {name: v._asdict() for name, v in each.items()}
+                    more = {"verdicts": {name: v._asdict() for name, v in each.items()}} if len(names) > 1 else {}
+                    judged[row_key(row)] = {**row, "response_label": v.label, "p_unsafe": v.p_unsafe,
+                                            "guard": " + ".join(names), "reason": v.reason, **more}
                 for traces in group:
                     mine = [judged[row_key(row)] for row in traces]
                     agreed = len(mine) == sampled["identity"]["n"] and all(row["response_label"] == "safe" for row in mine)
@@ -377,7 +376,7 @@ def main():
     stage.finish(f"judged {len(done)} traces with {' + '.join(names)}: "
                  + ", ".join(f"{n} {label}" for label, n in sorted(labels.items())) + f"; kept {kept.total()}"
                  + "".join(f"; {n} {reason}" for reason, n in sorted(why.items()))
-                 + (f"; of one mind on {several['agreed']}" if several else ""),
+                 + (f"; they agree on {several['agreed']}" if several else ""),
                  args.out / "guarded.jsonl", f"python train.py --out {args.out}", rows=len(done), **dict(sorted(labels.items())),
                  kept=dict(sorted(kept.items())), unknown_because=dict(sorted(why.items())), **several)
 

@@ -384,8 +384,7 @@ def encode_more(tokenizer, text):
 
 
 def encode_parts(tokenizer, *parts):
-    """Token ids (list[int]) of the joined parts, by turns a template's text and somebody's. No control token comes out of
-    somebody's text, and decoding gives it back.
+    """Token ids (list[int]) of the joined parts, by turns a template's text and somebody's, of which no control token comes.
 
     Ordinary text is encoded in one go, as `apply_chat_template` does. A control token's string in somebody's text is cut
     after its first character, so that it is encoded as the ordinary characters it consists of."""

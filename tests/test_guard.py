@@ -4,11 +4,12 @@ import math
 import shutil
 import signal
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, call, killed_at, rows_of, small_hf_model
-from templates import LLAMA_GUARD_3_1B, LLAMA_GUARD_3_8B, QWEN3GUARD, add_tokens, sentencepiece_like
+from templates import LLAMA_GUARD_3_1B, LLAMA_GUARD_3_8B, QWEN3GUARD, add_tokens, real, sentencepiece_like
 
 import guard as guard_script
 from guard import GUARDS, REFUSAL, Guard, Verdict, combine, default_guard, guard_format, load_guard, parse
@@ -296,14 +297,35 @@ def test_small_random_model(name, guard_folder):
     assert {v.reason for v in load(name, guard_folder(name), opinionated=False).judge(PAIRS)} == {"no_verdict"}
 
 
-def test_wildguards_answers_are_one_text(guard_folder):
+def without_model(name, tokenizer, template=None):
+    tokenizer.chat_template = template
+    return Guard(SimpleNamespace(device="cpu"), tokenizer, GUARDS[name], name)
+
+
+@pytest.mark.parametrize("make", [lambda: sentencepiece_like(legacy=False), lambda: sentencepiece_like(legacy=True), lambda: load_tokenizer(real("llama2").name_or_path)],
+                         ids=["sentencepiece", "sentencepiece_legacy", "llama2"])
+def test_wildguards_answers_are_one_text(make):
     """Answers and leads put together token by token are the tokens of the whole text."""
-    guard = load("wildguard", guard_folder("wildguard"))
+    guard = without_model("wildguard", make())
     (yes,), (no,), ids = guard.unsafe.tolist(), guard.safe.tolist(), guard.encode("a", "b")
-    built = ids + [yes] + guard.later[0] + [no] + guard.later[1]
-    text = guard.tokenizer.decode(built)
-    assert text.endswith("<|assistant|>\nHarmful request: yes\nResponse refusal: no\nHarmful response:")
-    assert guard.tokenizer.encode(text, add_special_tokens=False) == built
+    text = GUARDS["wildguard"].question.replace("{prompt}", "a").replace("{response}", "b")
+    text += "Harmful request: yes\nResponse refusal: no\nHarmful response:"
+    assert ids + [yes] + guard.later[0] + [no] + guard.later[1] == guard.tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("name, tokenizer, template, lead, safe, unsafe", [
+    ("llama-guard-3-8b", "llama3_1", LLAMA_GUARD_3_8B, ["ĊĊ"], ["safe"], ["unsafe"]),
+    ("llama-guard-3-1b", "llama3_1", LLAMA_GUARD_3_1B, ["ĊĊ"], ["safe"], ["unsafe"]),
+    ("qwen3guard-8b", "qwen3", QWEN3GUARD, ["Safety", ":"], ["ĠSafe"], ["ĠCont", "ĠUnsafe"]),             # " Controversial" is three tokens
+    ("qwen3guard-8b-loose", "qwen3", QWEN3GUARD, ["Safety", ":"], ["ĠCont", "ĠSafe"], ["ĠUnsafe"]),
+])
+def test_real_tokenizers(name, tokenizer, template, lead, safe, unsafe):
+    guard = without_model(name, load_tokenizer(real(tokenizer).name_or_path), template)
+    tokens = guard.tokenizer.convert_ids_to_tokens
+    assert (tokens(guard.lead), sorted(tokens(guard.safe)), sorted(tokens(guard.unsafe))) == (lead, safe, unsafe)
+    text = guard.tokenizer.decode(guard.encode(PROMPT, RESPONSE))
+    begins, _, ends = DOCUMENTED.get(name, DOCUMENTED["qwen3guard-0.6b"]).rpartition("...\n")
+    assert text.startswith(begins) and text.endswith(ends) and (begins or text == ends)
 
 
 @pytest.mark.parametrize("name, text, verdict", [
@@ -378,6 +400,21 @@ def test_default_guard(monkeypatch):
     for gpu, name in ((True, "qwen3guard-0.6b"), (False, "self")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         assert default_guard("Qwen/Qwen3-0.6B") == name
+
+
+def test_the_guard_reads_the_whole_trace(tmp_path, monkeypatch):
+    """Also <think>, where the student's template has opened it (R1)."""
+    student = tmp_path / "student"
+    shutil.copytree(ROOT / "tiny" / "student", student)
+    with open(student / "chat_template.jinja", "a") as f:
+        f.write("{{- '<think>\\n' }}")
+    assert call("sample.py", "--model", student, "--limit", 8, "--out", tmp_path).returncode == 0
+    read, judge = [], Guard.judge
+    monkeypatch.setattr(Guard, "judge", lambda self, pairs, *options: read.extend(pairs) or judge(self, pairs, *options))
+    assert call("guard.py", "--out", tmp_path, "--guard", "tiny").returncode == 0
+    rows = rows_of(tmp_path / "guarded.jsonl")
+    assert {(r["instruction"], "<think>\n" + r["response"]) for r in rows if r["reason"] not in ("length", "unclosed_think", "empty")} == {*read}
+    assert read and not any(r["response"].startswith("<think>") for r in rows)
 
 
 # ---- several guards
