@@ -434,7 +434,7 @@ def main():
 
     # One model on the device at a time. Both are loaded before anything is written, to know that they are sound.
     def load(name):
-        return load_decoder(name, args.device, pick_dtype(args))
+        return load_decoder(name, args.device, pick_dtype(args), args.quantize)
     model, tokenizer = load(names["after"])
     after_hash, adapter = model.hash, lora_layers(model) and read_adapter(find_model(names["after"]))
     one_load = bool(adapter) and model_name(adapter["base_model_name_or_path"]) == names["before"]      # with the adapter off
@@ -481,7 +481,7 @@ def main():
                 model = None
                 free_memory()
                 model, _ = load(names["after"])
-            if when == "after" and model.head.dtype == torch.float32:
+            if when == "after" and model.head.dtype == torch.float32 and not args.quantize:
                 merge_lora(model)                                         # faster; bf16 weights would be rounded by it
             ids = [encode_prompt(tokenizer, row["instruction"]) for row, _ in todo]
             keys = [f"{row['id']}/{k}" for row, k in todo]                # the same draws before and after
@@ -497,7 +497,7 @@ def main():
     free_memory()
 
     judge_rows(traces, judge, guard, lambda name: load_guard(name, args.device, pick_dtype(args),
-                                                             load(names["before"]) if name == "self" else None),
+                                                             load(names["before"]) if name == "self" else None, args.quantize),
                "<think>\n" if opens_think(tokenizer) else "")
     figures = {when: measure([row for row in traces if row["when"] == when]) for when in ("before", "after")}
     paper = paper_figures(names["before"], list(figures["after"]))

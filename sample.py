@@ -510,7 +510,7 @@ def main():
 
     prompts = prompt_rows(args.prompts or TINY / "prompts.jsonl", args.label)[:args.limit]
     name = model_name(args.model)
-    model, tokenizer = load_decoder(name, args.device, pick_dtype(args))
+    model, tokenizer = load_decoder(name, args.device, pick_dtype(args), args.quantize)
     options = sampling_options(args, model)
     stage = Stage("sample", args, {
         "model": model.hash, "template": template_hash(tokenizer), "prompts": content_id(json.dumps(prompts)),
