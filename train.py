@@ -233,7 +233,7 @@ def kept_bytes(model, items, mixed=False):
     def kept(n):
         model.layers, tensors = layers[:n], []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
-            hidden = target_states(model, items, mixed)                    # lives until all is counted  # noqa: F841
+            target_states(model, items, mixed)
         return stored_bytes(t for t in tensors if t.untyped_storage().data_ptr() not in own)
     try:
         one, two = kept(1), kept(2)
