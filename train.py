@@ -5,23 +5,31 @@ out/guarded.jsonl -> the student fine-tuned on (original prompt -> own safe trac
     python train.py --kl                   # forward KL to the frozen student on benign rows, instead of cross-entropy
     python train.py --full                 # all weights
     python train.py --data star1           # other rows: a set of data.py, a file, or a data set of the hub
+    python train.py --strip-cot harmful    # refusals without their reasoning
+    python train.py --primer --data safechain --limit 400 --epochs 4        # SafePath: the opening words alone
+    python train.py --safekey --data safekey --epochs 5                     # SafeKey: two more losses
 
 Rows are packed without padding and do not see each other. The loss of a step is summed over its target
 tokens and divided by their number, however many passes it took: packing changes speed, not the loss (up to
 rounding, and to which dropout mask a pass draws).
 """
+import bisect
+import functools
 import itertools
 import json
 import math
+import random
+import re
 import struct
 import time
 from collections import Counter
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from data import EVAL_SETS, VERSIONS, label_counts, overlap, training_rows
+from data import EVAL_SETS, VERSIONS, label_counts, overlap, prompt_rows, training_rows
 from kernels.ce_kl import ce_kl_loss
 from thinksafe import (
     LABELS,
@@ -67,33 +75,77 @@ PAPER = {"lr": 1e-5, "epochs": 3, "batch_size": 8, "max_length": 16384, "lora_r"
          "lora_dropout": 0.05, "lora_targets": "q_proj,v_proj"}
 TINY_RECIPE = {**PAPER, "lr": 2e-4, "batch_size": 16, "max_length": 2048, "lora_dropout": 0.0,
                "lora_targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"}
+PRIMER = "Let's think about safety first."                             # SafePath's
+SAFEKEY_WEIGHT, SAFEKEY_EPOCHS = 0.2, 2                                # of each of its losses; in the last so many epochs
+SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
 
 
-def encode_rows(rows, tokenizer, max_length):
-    """-> ([{id, ids, n_prompt, benign}], Counter of what was left out and why).
+def key_sentence(row, response, ids, tokenizer):
+    """Where in a response's ids SafeKey's key sentence stands, the first verdict on the prompt -> (start, end), or None.
+
+    What comes before is the model's understanding of the prompt. By the row's columns summary_end_idx and
+    next_sentence_end_idx, which count characters of row["response"]; else it is the second sentence of the reasoning."""
+    if "summary_end_idx" in row:
+        ends = [row["summary_end_idx"], row.get("next_sentence_end_idx")]
+        if not all(type(n) is int for n in ends) or not 0 < ends[0] < ends[1] <= len(row["response"]):
+            raise InputError(f"row {row['id']}: summary_end_idx {ends[0]!r}, next_sentence_end_idx {ends[1]!r} are no places in "
+                             f"its response of {len(row['response'])} characters; mend them, or leave both columns out")
+        ends = [n - (len(row["response"]) - len(response)) for n in ends]
+    else:
+        ends = [m.end() for m in SENTENCE_END.finditer(response.partition("</think>")[0])][:2]
+    if len(ends) < 2:
+        return None
+    ends[0] = len(response[:ends[0]].rstrip())                             # a word's first token holds the space before it
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    start, end = (bisect.bisect_left(range(len(ids) + 1), n, key=lambda k: len(decode(ids[:k]))) for n in ends)
+    return (start, end) if 0 < start < end <= len(ids) else None
+
+
+def encode_rows(rows, tokenizer, max_length, strip_cot=None, primer=None, safekey=False):
+    """-> ([{id, ids, n_prompt, label, benign}], Counter of what was left out and why).
 
     ids = prompt as the template renders it + response + eos. A template that opens <think> itself has it already,
-    so a response (of another tool) that starts with one loses it."""
+    so a response (of another tool) that starts with one loses it. strip_cot: "harmful" or "all" rows keep an empty
+    reasoning. primer: the response is <think> and these words, without an end; benign rows are left out.
+    safekey: items also get "key", the place in ids of `key_sentence`."""
     items, left_out = [], Counter()
     for row in rows:
+        benign = not is_harmful(row["prompt_label"])
+        if primer and benign:
+            left_out["benign"] += 1
+            continue
         label = row.get("response_label", "safe")
         if label != "safe" or row.get("keep", True) is not True:
             left_out[str(row.get("reason") or (label if label != "safe" else "not_kept"))] += 1
             continue
-        fault = fault_of(row["response"], row.get("finish_reason", "stop"), tokenizer)
+        response = f"<think>\n{primer}" if primer else row["response"]
+        fault = None if primer else fault_of(response, row.get("finish_reason", "stop"), tokenizer)
         if fault:
             left_out[fault] += 1
             continue
-        response = row["response"]
+        if "</think>" in response and (strip_cot == "all" or strip_cot == "harmful" and not benign):
+            response = "<think>\n\n</think>\n\n" + response.rpartition("</think>")[2].lstrip()
         if opens_think(tokenizer):
-            response = response.removeprefix("<think>").lstrip("\n")
-        prompt = encode_prompt(tokenizer, row["instruction"])
-        ids = prompt + encode_response(tokenizer, response) + [tokenizer.eos_token_id]
-        if len(ids) > max_length:
+            response = response.removeprefix("<think>").removeprefix("\n")
+        prompt, ids = encode_prompt(tokenizer, row["instruction"]), encode_response(tokenizer, response)
+        item = {"id": row["id"], "ids": prompt + ids + ([] if primer else [tokenizer.eos_token_id]), "n_prompt": len(prompt),
+                "label": row["prompt_label"], "benign": benign}
+        if len(item["ids"]) > max_length:
             left_out["too_long"] += 1
             continue
-        items.append({"id": row["id"], "ids": ids, "n_prompt": len(prompt), "benign": not is_harmful(row["prompt_label"])})
+        if safekey and (key := key_sentence(row, response, ids, tokenizer)):
+            item["key"] = [len(prompt) + k for k in key]
+        items.append(item)
     return items, left_out
+
+
+def balanced(items, n, seed):
+    """n of the items, drawn with the seed, equally many of each label as far as there are."""
+    seen, ranked = Counter(), []
+    for item in random.Random(seed).sample(items, len(items)):
+        seen[item["label"]] += 1
+        ranked.append((seen[item["label"]], item))
+    return [item for _, item in sorted(ranked, key=lambda pair: pair[0])[:n]]
 
 
 def batches(n, batch_size, epochs, seed):
@@ -131,6 +183,27 @@ def pass_loss(model, items, reference=None, ref_head=None, mixed=False):
         ref_hidden = torch.zeros_like(hidden).index_put((by_kl,), ref)
     loss = ce_kl_loss(hidden, model.head.to(hidden.dtype), targets, (~by_kl).float(), ref_hidden, by_kl.float(), ref_head)
     return loss.sum(), loss.detach()[~by_kl].sum(), loss.detach()[by_kl].sum()
+
+
+def safekey_losses(model, heads, items, mixed=False):
+    """SafeKey's two losses (arXiv 2505.16186) on items with a "key" -> (summed over the key tokens, summed over the items).
+
+    Query-mask modelling: cross-entropy of the key sentence when nothing attends to the prompt. The prompt is left out:
+    rotary positions count only by their differences, so this is the same as keeping it in place and masked.
+    Dual-path head: two linear heads (D -> 1) tell a harmful prompt from the mean hidden state of the understanding, and of
+    all up to its end; the mean of their two cross-entropies."""
+    blind = [{"ids": item["ids"][item["n_prompt"]:item["key"][1]], "n_prompt": item["key"][0] - item["n_prompt"]}
+             for item in items]
+    hidden, targets = target_states(model, blind, mixed)
+    masked = ce_kl_loss(hidden, model.head.to(hidden.dtype), targets).sum()
+    tokens, cu = pack_ids([item["ids"][:item["key"][0]] for item in items], model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+        hidden = model(tokens, cu)
+    read = [h.float() for h in hidden.split(cu.diff().tolist())]
+    pooled = [h[item["n_prompt"]:].mean(0) for h, item in zip(read, items)], [h.mean(0) for h in read]
+    harmful = torch.tensor([[not item["benign"]] for item in items], device=hidden.device).float()
+    paths = [F.binary_cross_entropy_with_logits(head(torch.stack(h)), harmful, reduction="sum") for head, h in zip(heads, pooled)]
+    return masked, sum(paths) / 2
 
 
 def cached_reference(path, reference, items, pack_tokens, limit, identity):
@@ -226,6 +299,14 @@ def main():
     p.add_argument("--data", help="rows to train on: star1, directrefusal, thinksafe-qwen3-0.6b, ...: a set of data.py; or a "
                    "file, URL or hub name as for sample.py --prompts (default: OUT/guarded.jsonl)")
     p.add_argument("--label", choices=LABELS, help="what prompts of --data are that have no label of their own")
+    p.add_argument("--limit", type=count, help="only so many rows, drawn with the seed, equally many of each prompt_label")
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("--strip-cot", choices=("harmful", "all"), help="train these rows to answer after an empty reasoning")
+    g.add_argument("--primer", nargs="?", const=PRIMER, help="SafePath: harmful prompts get <think> and these words as their "
+                   f"whole target, without an end; benign ones are left out; no responses are needed (without words: {PRIMER})")
+    g.add_argument("--safekey", action="store_true", help=f"SafeKey: {SAFEKEY_WEIGHT} of two more losses in the last "
+                   f"{SAFEKEY_EPOCHS} epochs: the key sentence without the prompt, and harm told from hidden states; that sentence is "
+                   "where the columns summary_end_idx and next_sentence_end_idx say, else the second of the reasoning")
     p.add_argument("--kl", action="store_true", help="benign rows: forward KL to the frozen student instead of cross-entropy")
     p.add_argument("--full", action="store_true", help="train all weights instead of LoRA (in fp32, whatever --dtype says)")
     p.add_argument("--merge", action="store_true", help="write a merged model that transformers loads, instead of an adapter")
@@ -256,16 +337,22 @@ def main():
     recipe = dict(TINY_RECIPE if is_tiny(name) else PAPER)
     recipe |= {k: getattr(args, k) for k in recipe if getattr(args, k) is not None}
     path = args.data or args.out / "guarded.jsonl"
-    rows = training_rows(path, args.label)
+    rows = (prompt_rows if args.primer else training_rows)(path, args.label)
     if args.cache_reference and not args.kl:
         raise InputError("--cache-reference keeps the reference of --kl, which is not asked for")
     dtype = torch.float32 if args.full else pick_dtype(args)               # bf16 weights would lose steps of 1e-5
     model, tokenizer = load_decoder(name, args.device, dtype)
     if lora_layers(model):
         raise InputError(f"{name} is an adapter; merge it first (train.py --merge), or train its base model")
-    items, left_out = encode_rows(rows, tokenizer, min(recipe["max_length"], model.config.max_position_embeddings))
+    items, left_out = encode_rows(rows, tokenizer, min(recipe["max_length"], model.config.max_position_embeddings),
+                                  args.strip_cot, args.primer, args.safekey)
     if not items:
         raise InputError(f"{path}: none of its {len(rows)} rows can be trained on ({dict(left_out)})")
+    if args.limit and args.limit < len(items):
+        left_out["not_drawn"] = len(items) - args.limit
+        items = balanced(items, args.limit, args.seed)
+    if args.safekey and not any("key" in item for item in items):
+        raise InputError(f"{path}: --safekey finds no row whose reasoning has two sentences")
     torch.manual_seed(args.seed)
     frozen = model                                                         # LoRA: the model itself, switched off
     if args.full:
@@ -274,11 +361,15 @@ def main():
     else:
         add_lora(model, recipe["lora_r"], recipe["lora_alpha"], recipe["lora_dropout"], recipe["lora_targets"].split(","))
     trainable = {n: q for n, q in model.named_parameters() if q.requires_grad}
+    if args.safekey:
+        heads = torch.nn.ModuleList(torch.nn.Linear(model.config.hidden_size, 1) for _ in range(2)).to(args.device)
+        trainable |= {f"safekey.{n}": q for n, q in heads.named_parameters()}
     optimizer = make_optimizer(args.optimizer, trainable.values(), recipe["lr"], args.weight_decay)
     identity = {"model": model.hash, "dtype": str(model.head.dtype), "template": template_hash(tokenizer),
-                "rows": content_id(json.dumps([(item["ids"], item["n_prompt"], item["benign"]) for item in items])),
+                "rows": content_id(json.dumps([(item["ids"], item["n_prompt"], item["benign"], *item.get("key", [])) for item in items])),
                 **{k: v for k, v in recipe.items() if not (args.full and k.startswith("lora_"))},
-                **{k: getattr(args, k) for k in ("kl", "full", "warmup", "weight_decay", "clip", "optimizer", "seed")}}
+                **{k: getattr(args, k) for k in ("kl", "full", "warmup", "weight_decay", "clip", "optimizer", "seed",
+                                                 "strip_cot", "primer", "safekey")}}
     if args.kl:                                                            # read back or made again: the same up to rounding
         identity["cache_reference"] = args.cache_reference > 0
     if not args.full and recipe["lora_dropout"]:                           # the masks are drawn pass by pass
@@ -291,6 +382,7 @@ def main():
     n_harmful = sum(not item["benign"] for item in items)
     print(f"train: {len(items)} rows ({n_harmful} harmful, {len(items) - n_harmful} benign), {len(steps)} steps, "
           f"{sum(q.numel() for q in trainable.values()):,} weights"
+          + (f", {sum('key' in item for item in items)} rows with a key sentence" if args.safekey else "")
           + "".join(f"; left out {n} {why}" for why, n in sorted(left_out.items())))
 
     old, start = RowWriter(metrics).rows, 0                                # a last line that was cut is mended
@@ -328,13 +420,22 @@ def main():
             lr = learning_rate(step, len(steps), recipe["lr"], args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            sums = torch.zeros(3, device=args.device)
+            sums, extra = torch.zeros(3, device=args.device), torch.zeros(2, device=args.device)
             for part in split_packs(batch, lambda item: len(item["ids"]), args.pack_tokens):
                 losses = pass_loss(model, part, reference, frozen.head if frozen is not model else None, mixed)
                 (losses[0] / n_targets).backward()
                 sums += torch.stack(losses).detach()
+            late = args.safekey and step * recipe["epochs"] // len(steps) >= recipe["epochs"] - SAFEKEY_EPOCHS
+            keyed = [item for item in batch if late and "key" in item]
+            per = torch.tensor([sum(end - start for start, end in (item["key"] for item in keyed)), len(keyed)], device=args.device)
+            for part in split_packs(keyed, lambda item: len(item["ids"]), args.pack_tokens):
+                losses = torch.stack(safekey_losses(model, heads, part, mixed)) / per
+                (SAFEKEY_WEIGHT * losses.sum()).backward()
+                extra += losses.detach()
             norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.clip).item()
             loss, ce, kl = (sums / n_targets).tolist()
+            masked_key, harm_head = extra.tolist()
+            loss += SAFEKEY_WEIGHT * (masked_key + harm_head)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before this step was taken. "
                                  f"Its rows: {', '.join(str(item['id']) for item in batch)}")
@@ -342,6 +443,7 @@ def main():
             optimizer.zero_grad(set_to_none=True)
             n_tokens = sum(len(item["ids"]) for item in batch)
             log.write({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
+                       **({"masked_key": masked_key, "harm_head": harm_head} if keyed else {}),
                        "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began))})
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / (time.time() - began):,.0f} tokens/s")
