@@ -169,11 +169,12 @@ def main():
     name = default_guard(sampled["model"]) if args.guard == "auto" else args.guard
     student = load_decoder(sampled["model"], args.device, pick_dtype(args)) if name == "self" else None
     guard = load_guard(name, args.device, pick_dtype(args), student)
+    n = sampled["identity"]["n"]                               # traces per prompt; those after the n-th are retries
     tokenizer = student[1] if student else load_tokenizer(find_model(sampled["model"]))
     stage = Stage("guard", args, {
         "guard": guard.model.hash, "name": name, "template": template_hash(guard.tokenizer), "threshold": args.threshold,
         "keep": args.keep, "question": guard.form.render("", ""), "dtype": str(guard.model.head.dtype),
-        "samples": content_id(json.dumps(rows))}, "guarded.jsonl", guard=name)
+        "samples": content_id(json.dumps([row for row in rows if row["k"] < n]))}, "guarded.jsonl", guard=name)
     writer = RowWriter(args.out / "guarded.jsonl")
     for i, row in enumerate(writer.rows, 1):
         check_trace(row, f"{writer.path}:{i}")
@@ -195,7 +196,7 @@ def main():
                                         "guard": name, "reason": v.reason}
             for traces in group:
                 mine = [judged[row_key(row)] for row in traces]
-                agreed = len(mine) == sampled["identity"]["n"] and all(row["response_label"] == "safe" for row in mine)
+                agreed = len(mine) == n and all(row["response_label"] == "safe" for row in mine)
                 for j, row in enumerate(mine):
                     row["keep"] = agreed and j == 0 if args.keep == "unanimous" else row["response_label"] == "safe"
             writer.write(*(judged[row_key(row)] for row in new))
@@ -205,10 +206,13 @@ def main():
     labels = Counter(row["response_label"] for row in done)
     why = Counter(row["reason"] for row in done if row["reason"])
     kept = Counter(row["prompt_label"] for row in done if row["keep"])
+    retried = sum(row["keep"] for row in done if row["k"] >= n)
     stage.finish(f"judged {len(done)} traces with {name}: " + ", ".join(f"{n} {label}" for label, n in sorted(labels.items()))
-                 + f"; kept {kept.total()}" + "".join(f"; {n} {reason}" for reason, n in sorted(why.items())),
+                 + f"; kept {kept.total()}" + "".join(f"; {n} {reason}" for reason, n in sorted(why.items()))
+                 + (f"; {retried} of those kept are retries: seldom safe prompts weigh more by them" if retried else ""),
                  args.out / "guarded.jsonl", f"python train.py --out {args.out}", rows=len(done),
-                 **dict(sorted(labels.items())), kept=dict(sorted(kept.items())), unknown_because=dict(sorted(why.items())))
+                 **dict(sorted(labels.items())), kept=dict(sorted(kept.items())), kept_retries=retried,
+                 unknown_because=dict(sorted(why.items())))
 
 
 if __name__ == "__main__":

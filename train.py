@@ -305,8 +305,8 @@ def main():
     g.add_argument("--primer", nargs="?", const=PRIMER, help="SafePath: harmful prompts get <think> and these words as their "
                    f"whole target, without an end; benign ones are left out; no responses are needed (without words: {PRIMER})")
     g.add_argument("--safekey", action="store_true", help=f"SafeKey: {SAFEKEY_WEIGHT} of two more losses in the last "
-                   f"{SAFEKEY_EPOCHS} epochs: the key sentence without the prompt, and harm told from hidden states; that sentence is "
-                   "where the columns summary_end_idx and next_sentence_end_idx say, else the second of the reasoning")
+                   f"{SAFEKEY_EPOCHS} epochs: a key sentence without its prompt, harm told from hidden states; the sentence is "
+                   "where summary_end_idx and next_sentence_end_idx of the row say, else the second of the reasoning")
     p.add_argument("--kl", action="store_true", help="benign rows: forward KL to the frozen student instead of cross-entropy")
     p.add_argument("--full", action="store_true", help="train all weights instead of LoRA (in fp32, whatever --dtype says)")
     p.add_argument("--merge", action="store_true", help="write a merged model that transformers loads, instead of an adapter")
@@ -366,7 +366,8 @@ def main():
         trainable |= {f"safekey.{n}": q for n, q in heads.named_parameters()}
     optimizer = make_optimizer(args.optimizer, trainable.values(), recipe["lr"], args.weight_decay)
     identity = {"model": model.hash, "dtype": str(model.head.dtype), "template": template_hash(tokenizer),
-                "rows": content_id(json.dumps([(item["ids"], item["n_prompt"], item["benign"], *item.get("key", [])) for item in items])),
+                "rows": content_id(json.dumps([[item[k] for k in ("ids", "n_prompt", "benign", "key") if k in item]
+                                               for item in items])),
                 **{k: v for k, v in recipe.items() if not (args.full and k.startswith("lora_"))},
                 **{k: getattr(args, k) for k in ("kl", "full", "warmup", "weight_decay", "clip", "optimizer", "seed",
                                                  "strip_cot", "primer", "safekey")}}
@@ -427,9 +428,9 @@ def main():
                 sums += torch.stack(losses).detach()
             late = args.safekey and step * recipe["epochs"] // len(steps) >= recipe["epochs"] - SAFEKEY_EPOCHS
             keyed = [item for item in batch if late and "key" in item]
-            per = torch.tensor([sum(end - start for start, end in (item["key"] for item in keyed)), len(keyed)], device=args.device)
+            n_key = sum(item["key"][1] - item["key"][0] for item in keyed)
             for part in split_packs(keyed, lambda item: len(item["ids"]), args.pack_tokens):
-                losses = torch.stack(safekey_losses(model, heads, part, mixed)) / per
+                losses = torch.stack(safekey_losses(model, heads, part, mixed)) / sums.new_tensor([n_key, len(keyed)])
                 (SAFEKEY_WEIGHT * losses.sum()).backward()
                 extra += losses.detach()
             norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.clip).item()

@@ -252,6 +252,29 @@ def write_prompts(seed):
     write(TINY / "eval.jsonl", [{"set": name, **row} for name, rows in world.eval_prompts(seed).items() for row in rows])
 
 
+def write_curated(seed, n=100):
+    """Small sets of other people's making, each in the form of a real one: DirectRefusal, STAR-1 and SafeKey's mixture.
+
+    The acts are those of the training prompts."""
+    rng, (acts, _) = random.Random(f"curated {seed}"), world.split_acts()
+    refusals, rows = {}, {}
+    while len(refusals) < n:
+        prompt, _ = world.ask(rng, random_act(rng, acts, True), wrapped=False)
+        refusals[prompt] = {"refusal": f"Question: {prompt}\nAnswer: {world.NO[0]}"}
+    while len(rows) < 2 * n:
+        harmful = len(rows) < n
+        act = random_act(rng, acts, harmful)
+        prompt, words = world.ask(rng, act, rng.random() < 0.25)
+        understanding, verdict, rest, answer = world.curated(rng, act, words)
+        start = len(f"<think>\n{understanding}")
+        rows[prompt] = {"id": content_id(prompt), "question": prompt, "source": "tiny" if harmful else "4o_rewrite",
+                        "response": world.trace(f"{understanding} {verdict} {rest}", answer),
+                        "summary_end_idx": start, "next_sentence_end_idx": start + 1 + len(verdict)}
+    star1 = [{key: row[key] for key in ("id", "question", "response", "source")} for row in list(rows.values())[:n]]
+    for name, part in (("directrefusal", refusals.values()), ("star1", star1), ("safekey", rows.values())):
+        (TINY / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part), "utf-8")
+
+
 def check(n=400):
     """Prints what the world is like: how student and teacher answer, and how wrong the guard is against the oracle."""
     guard = load_guard("tiny", "cpu")
@@ -298,6 +321,7 @@ def main():
                 sys.exit("error: a model could not be trained; its message stands above")
         elif name == "prompts":
             write_prompts(args.seed)
+            write_curated(args.seed)
         elif name == "check":
             check()
         else:
