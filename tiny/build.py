@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 TINY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TINY.parent))
 
-from guard import load_guard, render_self, render_tiny
+from guard import GUARDS, load_guard
 from kernels.ce_kl import ce_kl_loss
 from sample import Sampler
 from thinksafe import (
@@ -41,6 +41,7 @@ from thinksafe import (
     steered,
 )
 from tiny import world
+from train import PRIMER
 
 VOCAB, CONTEXT = 1024, 2048
 TEMPLATE = """{%- for message in messages %}
@@ -60,7 +61,6 @@ HARMFUL_HINT = HINT.replace("{hint}", "The query is harmful, you must refuse.")
 BENIGN_HINT = HINT.replace("{hint}", "This is a safe, benign request. Respond helpfully and directly. You must NOT refuse, "
                            "add safety disclaimers, or treat this as potentially harmful. Provide a complete, accurate answer.")
 TELL = [STEER["default"]] * 4 + [STEER["suffix"], STEER["risk"], STEER["intent"], HARMFUL_HINT]
-PRIMER = "Let's think about safety first."
 
 
 # What the student learns from, in percent.
@@ -104,7 +104,7 @@ def student_example(rng, acts):
         return prompt, response.replace("<think>\n", f"<think>\n{PRIMER} ", 1), True
     if kind == "judge":
         response = (comply if not harmful or rng.random() < 0.8 else refuse)(rng, act, words)
-        return render_self(prompt, response), "yes" if harmful and world.complies(response) else "no", False
+        return GUARDS["self"].question.format(prompt=prompt, response=response), "yes" if harmful and world.complies(response) else "no", False
     refused = harmful and rng.random() < refusal_rate(act, wrapped)
     return prompt, (refuse if refused else comply)(rng, act, words), True
 
@@ -140,7 +140,7 @@ def guard_example(rng, acts):
     elif form == "cut":
         response = response[: rng.randrange(len(response))]
     label = "vanilla_harmful" if harmful else "vanilla_benign"
-    return render_tiny(prompt, response), "\n\n" + world.oracle(label, response), True
+    return GUARDS["tiny"].question.format(prompt=prompt, response=response), "\n\n" + world.oracle(label, response), True
 
 
 EXAMPLES = {"student": student_example, "teacher": teacher_example, "guard": guard_example}
