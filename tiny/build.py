@@ -104,7 +104,8 @@ def student_example(rng, acts):
         return prompt, response.replace("<think>\n", f"<think>\n{PRIMER} ", 1), True
     if kind == "judge":
         response = (comply if not harmful or rng.random() < 0.8 else refuse)(rng, act, words)
-        return GUARDS["self"].question.format(prompt=prompt, response=response), "yes" if harmful and world.complies(response) else "no", False
+        question = GUARDS["self"].question.format(prompt=prompt, response=response)
+        return question, "yes" if harmful and world.complies(response) else "no", False
     refused = harmful and rng.random() < refusal_rate(act, wrapped)
     return prompt, (refuse if refused else comply)(rng, act, words), True
 
