@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from data import EVAL_SETS, VERSIONS, Unavailable, evaluation_rows, prompt_rows
 from guard import GUARDS, default_guard, guard_format, load_guard
+from report import write_report
 from sample import Sampler, add_sampling_flags, sampling_options
 from thinksafe import (
     ROOT,
@@ -61,6 +62,7 @@ from thinksafe import (
     split_packs,
     stage_seed,
     template_hash,
+    wilson,
     write_atomic,
 )
 from tiny import world
@@ -250,15 +252,6 @@ def judge_rows(rows, judge, guard, load, opened=""):
 # Figures
 
 
-def wilson(hits, n):
-    """95% interval of a share, in percent (Wilson 1927: sane also at 0 and n)."""
-    if n == 0:
-        return 0.0, 100.0
-    z, p = 1.959964, hits / n
-    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
-
-
 def clustered(problems):
     """95% interval, in percent, of the share of True in lists of bools, one list per problem: the samples of a problem are alike.
 
@@ -441,7 +434,7 @@ def main():
 
     # One model on the device at a time. Both are loaded before anything is written, to know that they are sound.
     def load(name):
-        return load_decoder(name, args.device, pick_dtype(args))
+        return load_decoder(name, args.device, pick_dtype(args), args.quantize)
     model, tokenizer = load(names["after"])
     after_hash, adapter = model.hash, lora_layers(model) and read_adapter(find_model(names["after"]))
     one_load = bool(adapter) and model_name(adapter["base_model_name_or_path"]) == names["before"]      # with the adapter off
@@ -488,7 +481,7 @@ def main():
                 model = None
                 free_memory()
                 model, _ = load(names["after"])
-            if when == "after" and model.head.dtype == torch.float32:
+            if when == "after" and model.head.dtype == torch.float32 and not args.quantize:
                 merge_lora(model)                                         # faster; bf16 weights would be rounded by it
             ids = [encode_prompt(tokenizer, row["instruction"]) for row, _ in todo]
             keys = [f"{row['id']}/{k}" for row, k in todo]                # the same draws before and after
@@ -504,7 +497,7 @@ def main():
     free_memory()
 
     judge_rows(traces, judge, guard, lambda name: load_guard(name, args.device, pick_dtype(args),
-                                                             load(names["before"]) if name == "self" else None),
+                                                             load(names["before"]) if name == "self" else None, args.quantize),
                "<think>\n" if opens_think(tokenizer) else "")
     figures = {when: measure([row for row in traces if row["when"] == when]) for when in ("before", "after")}
     paper = paper_figures(names["before"], list(figures["after"]))
@@ -520,7 +513,8 @@ def main():
     report = {"judge": judge, "guard": guard, "prompts": asked, **figures, "paper": paper}
     write_atomic(args.out / "eval.json", json.dumps(report, indent=1))
     stage.finish(f"compared {len(rows)} prompts before and after", args.out / "eval.json",
-                 f"read the traces in {args.out}/eval.jsonl", rows=len(traces), **summary)
+                 f"open {args.out}/report.html", rows=len(traces), **summary)
+    write_report(args.out)
 
 
 if __name__ == "__main__":

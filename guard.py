@@ -261,7 +261,7 @@ def load_guard(name, device=None, dtype=None, student=None, quantize=None):
     if name == "self" and student:
         return Guard(*student, GUARDS["self"], name)
     form, folder, _ = guard_format(name)
-    return Guard(*load_decoder(folder, device, dtype, **({"quantize": quantize} if quantize else {})), form, name)
+    return Guard(*load_decoder(folder, device, dtype, quantize), form, name)
 
 
 def default_guard(student):
@@ -281,7 +281,6 @@ def main():
     p.add_argument("--guard", nargs="+", metavar="GUARD",
                    help=f"one or more of {', '.join(GUARDS)}; NAME=FOLDER; or any chat model "
                    "(default: tiny for the tiny student, else qwen3guard-0.6b with a GPU and self without)")
-    p.add_argument("--quantize", choices=("nf4", "int8"), help="the guard's weights, to fit a smaller GPU (needs bitsandbytes)")
     p.add_argument("--threshold", type=number(float, 0, 1), default=0.5, help="a response is unsafe from this p_unsafe on")
     p.add_argument("--keep", choices=("safe", "unanimous"), default="safe",
                    help="safe: every safe trace; unanimous: the first trace of a prompt, if all of its n traces are safe")
@@ -332,13 +331,12 @@ def main():
 
     rows.sort(key=row_key)                                     # the n traces of a prompt stand together
     prompts = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["id"])]
-    quantize = {"quantize": args.quantize} if args.quantize else {}
     opened = "<think>\n" if opens_think(tokenizer) else ""     # a guard reads the whole trace, also what the template wrote of it
     for name, (form, folder) in guards.items():
         done, last = (judged, True) if name == names[-1] else (verdicts[name], False)
         if len(done) == len(rows):
             continue
-        guard = Guard(*load_decoder(folder, args.device, dtype, **quantize), form, name)
+        guard = Guard(*load_decoder(folder, args.device, dtype, args.quantize), form, name)
         with tqdm(total=len(rows), initial=len(done), unit="trace", desc=f"guard {name}", disable=None) as bar:
             for group in split_packs(prompts, len, 16):        # few traces at a time, so that little is lost by a stop
                 new = [row for traces in group for row in traces if row_key(row) not in done]

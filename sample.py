@@ -526,7 +526,7 @@ def main():
 
     prompts = prompt_rows(args.prompts or TINY / "prompts.jsonl", args.label)[:args.limit]
     name = model_name(args.model)
-    model, tokenizer = load_decoder(name, args.device, pick_dtype(args))
+    model, tokenizer = load_decoder(name, args.device, pick_dtype(args), args.quantize)
     options = sampling_options(args, model)
     judge = read_run(args.out).get("guard", {})
     if args.retries and not (judge.get("finished") and judge["arguments"]["keep"] == "safe"):

@@ -136,6 +136,8 @@ def parser(doc):
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of the weights; auto is bfloat16 on a GPU and float32 on a CPU")
+    p.add_argument("--quantize", choices=("nf4", "int8"),
+                   help="keep the linear layers of the models in 4 or 8 bits, by bitsandbytes: less memory, not faster")
     return p
 
 
@@ -249,6 +251,15 @@ def fault_of(response, finish_reason, tokenizer):
         return "empty"
     never_closed = "</think>" not in response and (has_think_tokens(tokenizer) or opens_think(tokenizer))
     return "unclosed_think" if never_closed or "<think>" in answer else None
+
+
+def wilson(hits, n):
+    """95% interval of a share, in percent (Wilson 1927: sane also at 0 and n)."""
+    if n == 0:
+        return 0.0, 100.0
+    z, p = 1.959964, hits / n
+    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -827,15 +838,17 @@ def load_tensors(path):
         raise InputError(f"{path}: missing or damaged ({e}); download or write it again")
 
 
-def build_decoder(folder, dtype):
-    """Decoder of a Hugging Face folder, strictly: every tensor used, none missing, all shapes right."""
+def build_decoder(folder, device, dtype, quantize=None):
+    """Decoder of a Hugging Face folder, strictly: every tensor used, none missing, all shapes right.
+
+    quantize: see `QuantisedLinear`. Layer after layer goes to the device and is quantised there, from a file that is mapped."""
     config = read_config(folder)
-    tensors = {k.removeprefix("model."): v.to(dtype) for k, v in read_tensors(folder).items()
+    tensors = {k.removeprefix("model."): v for k, v in read_tensors(folder).items()
                if not k.endswith("rotary_emb.inv_freq")}                  # old checkpoints store it
     head, embedding = tensors.get("lm_head.weight"), tensors.get("embed_tokens.weight")
     tied = bool(config.raw.get("tie_word_embeddings", False))             # False is the default of all four families
     if tied and head is not None:
-        if embedding is not None and torch.equal(head, embedding):
+        if embedding is not None and torch.equal(head.to(dtype), embedding.to(dtype)):
             del tensors["lm_head.weight"]                                 # stored twice
         else:
             tied = False                                                  # as transformers 5 does
@@ -849,7 +862,12 @@ def build_decoder(folder, dtype):
         have, want = (str(tuple(t[name].shape)) if name in t else "missing" for t in (tensors, expected))
         if have != want:
             raise InputError(f"{folder}: tensor {name} is {have} in the weights, {want} in the model that config.json describes")
-    model.load_state_dict(tensors, assign=True)
+    for name, layer in list(model.layers.named_modules(prefix="layers")) if quantize else ():
+        if isinstance(layer, Linear):
+            weight, bias = (tensors.pop(f"{name}.{part}", None) for part in ("weight", "bias"))
+            bias = bias if bias is None else bias.to(device, dtype)
+            model.set_submodule(name, QuantisedLinear(weight.to(device, dtype), bias, quantize))
+    model.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True, strict=not quantize)
     return model
 
 
@@ -888,26 +906,27 @@ def read_adapter(folder):
     return adapter
 
 
-def load_decoder(path_or_name, device=None, dtype=None):
+def load_decoder(path_or_name, device=None, dtype=None, quantize=None):
     """-> (Decoder in eval mode, tokenizer). A PEFT LoRA folder loads its base model with the adapter on it.
 
-    device: CUDA if there is one; dtype: bfloat16 on CUDA, else float32. Raises InputError for anything
-    missing, damaged or unsupported. Reads safetensors only and never runs code of a model folder."""
+    device: CUDA if there is one; dtype: bfloat16 on CUDA, else float32; quantize: None, nf4 or int8, the linear layers
+    of the blocks (see `QuantisedLinear`). Raises InputError for anything missing, damaged or unsupported. Reads
+    safetensors only and never runs code of a model folder."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = find_model(path_or_name)
     if (folder / "adapter_config.json").exists():
         adapter = read_adapter(folder)
-        model, tokenizer = load_decoder(adapter["base_model_name_or_path"], device, dtype)
+        model, tokenizer = load_decoder(adapter["base_model_name_or_path"], device, dtype, quantize)
         add_lora(model, adapter["r"], adapter["lora_alpha"], 0.0, adapter["target_modules"])
         load_lora(model, load_tensors(folder / "adapter_model.safetensors"), folder)
         model.hash += "+" + model_hash(folder)
         return model.eval(), tokenizer
-    model = build_decoder(folder, dtype).to(device).eval().requires_grad_(False)
+    model = build_decoder(folder, device, dtype, quantize).eval().requires_grad_(False)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > model.config.vocab_size:
         raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
-    model.folder, model.hash = folder, model_hash(folder)
+    model.folder, model.hash = folder, model_hash(folder) + (f"-{quantize}" if quantize else "")
     eos = generation_defaults(folder).get("eos_token_id", model.config.raw.get("eos_token_id"))
     model.eos_ids = frozenset([*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]) - {None}
     if tokenizer.eos_token_id is None or not all(type(i) is int for i in model.eos_ids):
@@ -941,12 +960,17 @@ def new_folder(folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def own_dtype(config):
+    """The dtype that config.json says the weights are stored in."""
+    return getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "bfloat16")
+
+
 def save_decoder(model, folder):
     """Write a full Hugging Face folder that transformers loads: config and tokenizer files of the source, weights in its dtype.
 
-    LoRA must have been merged."""
-    raw = model.config.raw
-    dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+    LoRA must have been merged; InputError for a quantised model."""
+    refuse_quantised(model, "saved")
+    dtype = own_dtype(model.config)
     with new_folder(folder) as new:
         for path in model.folder.iterdir():
             if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json"):
@@ -970,6 +994,64 @@ def load_state(path):
 
 
 # ---------------------------------------------------------------------------------------------
+# Quantised weights
+
+
+class Int8Product(torch.autograd.Function):
+    """x (T, n_in) times int8 rows (n_out, n_in) with a scale each (n_out,) -> (T, n_out). For the backward pass it keeps
+    these, where autograd would keep their copy in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, weight.to(x.dtype)) * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, scale = ctx.saved_tensors
+        return (grad * scale) @ weight.to(grad.dtype), None, None
+
+
+class QuantisedLinear(nn.Module):
+    """A frozen linear layer that keeps its weight (n_out, n_in) quantised and restores it to x's dtype in every pass.
+
+    kind "nf4": QLoRA's (arXiv 2305.14314), blocks of 64, their scales quantised again, 4.13 bits a weight. "int8": rows with
+    a scale each, as LLM.int8 (arXiv 2208.07339) keeps them; the product is taken in x's dtype, so no outliers are set
+    apart. bitsandbytes' own modules are not used: on a CPU Linear4bit repacks itself in evaluation and then has no
+    gradient, and Linear8bitLt keeps activations that recomputing (`Decoder.recompute`) cannot free."""
+
+    def __init__(self, weight, bias, kind):
+        super().__init__()
+        try:
+            import bitsandbytes as bnb
+        except ImportError:
+            raise InputError("--quantize needs bitsandbytes: pip install bitsandbytes")
+        self.out_features, self.in_features = weight.shape
+        if kind == "nf4":
+            if self.in_features % 64:                    # 0.50 restores such rows wrongly on a CPU
+                raise InputError(f"--quantize nf4: a linear layer has {self.in_features} inputs, not a multiple of 64; use int8")
+            weight, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            scale, self.product = state.absmax, functools.partial(bnb.matmul_4bit, quant_state=state)
+        else:
+            dtype = weight.dtype
+            weight, largest, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+            scale = (largest / 127).to(dtype)
+            self.product = lambda x, weight: Int8Product.apply(x, weight, scale)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x):
+        out = self.product(x, self.weight)
+        return out if self.bias is None else out + self.bias
+
+
+def refuse_quantised(model, what):
+    if any(isinstance(m, QuantisedLinear) for m in model.modules()):
+        raise InputError(f"quantised weights cannot be {what}; load the model without --quantize for that")
+
+
+# ---------------------------------------------------------------------------------------------
 # LoRA (arXiv 2106.09685), interchangeable with PEFT's
 
 
@@ -988,7 +1070,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         out = self.base_layer(x)
         if self.enabled:
-            out = out + (self.scale * F.linear(F.linear(self.dropout(x.float()), self.lora_A), self.lora_B)).to(out.dtype)
+            out = out + F.linear(F.linear(self.dropout(x.float()), self.lora_A), self.scale * self.lora_B).to(out.dtype)
         return out
 
 
@@ -1000,7 +1082,7 @@ def add_lora(model, r=32, alpha=16, dropout=0.05, targets=("q_proj", "v_proj")):
     """Put LoRA on every linear layer whose last name is in targets; all else is frozen. Defaults are the paper's."""
     model.requires_grad_(False)
     found = [(parent, name, child) for parent in list(model.modules()) for name, child in parent.named_children()
-             if name in targets and isinstance(child, nn.Linear) and child is not model.lm_head]
+             if name in targets and isinstance(child, nn.Linear | QuantisedLinear) and child is not model.lm_head]
     if {name for _, name, _ in found} != set(targets):
         has = ", ".join(sorted({n for _, n, _ in found})) or "none of them"
         raise InputError(f"LoRA targets {', '.join(targets)}: the model has only {has}")
@@ -1035,7 +1117,10 @@ def save_lora(model, folder, base_name):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Fold the adapter into the base weights (in fp32, rounded once) and take the LoRA layers out."""
+    """Fold the adapter into the base weights (in fp32, rounded once) and take the LoRA layers out.
+
+    InputError if they are quantised."""
+    refuse_quantised(model, "merged into")
     for name, m in lora_layers(model).items():
         w = m.base_layer.weight
         w.copy_((w.float() + m.scale * m.lora_B @ m.lora_A).to(w.dtype))

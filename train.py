@@ -4,6 +4,9 @@ out/guarded.jsonl -> the student fine-tuned on (original prompt -> own safe trac
     python train.py                        # LoRA; the paper's recipe, or the tiny world's for the tiny student
     python train.py --kl                   # forward KL to the frozen student on benign rows, instead of cross-entropy
     python train.py --full                 # all weights
+    python train.py --quantize nf4         # QLoRA: LoRA on a base in 4 bits
+    python train.py --dry-run              # configuration, memory plan and one example; writes nothing
+    python train.py --export trl           # the rows as TRL's SFTTrainer wants them, out/trl.jsonl; no training
     python train.py --data star1           # other rows: a set of data.py, a file, or a data set of the hub
     python train.py --strip-cot harmful    # refusals without their reasoning
     python train.py --primer --data safechain --limit 400 --epochs 4        # SafePath: the opening words alone
@@ -21,8 +24,10 @@ import math
 import random
 import re
 import struct
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from data import EVAL_SETS, VERSIONS, label_counts, overlap, prompt_rows, training_rows
-from kernels.ce_kl import ce_kl_loss
+from kernels.ce_kl import CPU_ROWS, GPU_BUFFER, ce_kl_loss
 from thinksafe import (
     LABELS,
     TINY,
@@ -47,13 +52,17 @@ from thinksafe import (
     is_harmful,
     is_tiny,
     load_decoder,
+    load_lora,
     load_state,
     lora_layers,
     lora_off,
+    lora_tensors,
     merge_lora,
+    model_hash,
     model_name,
     number,
     opens_think,
+    own_dtype,
     pack_ids,
     parser,
     pick_dtype,
@@ -148,6 +157,43 @@ def balanced(items, n, seed):
     return [item for _, item in sorted(ranked, key=lambda pair: pair[0])[:n]]
 
 
+def length(item):
+    return len(item["ids"])
+
+
+def rendered(item, tokenizer):
+    """The example as its ids decode, each line begun by what it is part of: the prompt, or what is trained on.
+
+    What is not printable, but for the end of a line, stands as its escape (\\x1b, \\u202e)."""
+    lines = []
+    for part, ids in (("prompt ", item["ids"][:item["n_prompt"]]), ("trained", item["ids"][item["n_prompt"]:])):
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+        lines += [f"{part} | {line}" for line in text.split("\n")]
+    return "\n".join(lines)
+
+
+def export_trl(path, items, tokenizer):
+    """Write {"prompt", "completion"} per row: text that TRL's SFTTrainer turns into exactly the item's ids and mask.
+
+    The completion ends in the eos token's text, so that TRL adds none. TRL reads control tokens in text as control: rows
+    that hold such text come out as other ids. They are left out and counted."""
+    added = tokenizer("")["input_ids"]                                     # by TRL too, as it tokenizes the prompt: a Llama's bos
+    lines, left_out = [], 0
+    for item in items:
+        ids, n = item["ids"], item["n_prompt"]
+        start = len(added) if ids[:len(added)] == added else 0
+        prompt, completion = (tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                              for part in (ids[start:n], ids[n:]))
+        if tokenizer(prompt)["input_ids"] == ids[:n] and tokenizer(prompt + completion)["input_ids"] == ids:
+            lines.append(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) + "\n")
+        else:
+            left_out += 1
+    write_atomic(path, "".join(lines))
+    print(f"wrote {len(lines)} rows, the longest of {max(map(length, items))} tokens (SFTConfig.max_length); "
+          f"left out {left_out} that TRL would tokenize otherwise\n  -> {path}")
+
+
 def batches(n, batch_size, epochs, seed):
     """The row numbers of each optimizer step: every epoch a new order, its last step may be smaller."""
     for epoch in range(epochs):
@@ -234,12 +280,81 @@ def cached_reference(path, reference, items, pack_tokens, limit, identity):
         header += b" " * (-len(header) % 8)
         with replacing(path) as beside, open(beside, "wb") as f:
             f.write(struct.pack("<Q", len(header)) + header)
-            for part in tqdm(split_packs(rows, lambda item: len(item["ids"]), pack_tokens), "reference", disable=None):
+            for part in tqdm(split_packs(rows, length, pack_tokens), "reference", disable=None):
                 f.write(reference(part).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     hidden = safe_open(path, "pt").get_slice("hidden")
     for item, k, end in zip(rows, n, itertools.accumulate(n)):
         item["cached"] = slice(end - k, end)
     return lambda items: torch.cat([hidden[item["cached"]] for item in items])
+
+
+def stored_bytes(tensors):
+    """Bytes of the memory behind tensors, what they share counted once."""
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+def kept_bytes(model, items, mixed=False):
+    """Bytes of activations that a packed pass keeps for its backward pass, as autograd is seen to ask for them
+    -> (all together, those of one layer).
+
+    Only the first two layers run: the second is like all that follow, the first may need no gradient of its input."""
+    layers = model.layers
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    def kept(n):
+        model.layers, tensors = layers[:n], []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
+            hidden = target_states(model, items, mixed)                    # lives until all is counted  # noqa: F841
+        return stored_bytes(t for t in tensors if t.untyped_storage().data_ptr() not in own)
+    try:
+        one, two = kept(1), kept(2)
+    finally:
+        model.layers = layers
+    return one + (len(layers) - 1) * (two - one), two - one
+
+
+def memory_plan(model, items, sizes, optimizer, kept, kl=False):
+    """Bytes that training needs at its peak beside the weights, with all activations kept for the backward pass, and with those
+    of the layers recomputed there -> {"state", "activations", "inputs", "loss"}, which are parts, and {"kept", "recomputed"}.
+
+    items: of the largest pass, T tokens of which N are targets; sizes: elements of each trained tensor; kept: from
+    `kept_bytes`; kl: with a reference. An estimate in two places: gradients inside of a layer count as half of what it kept
+    (a fifth to a half was seen), and the allocator rounds up."""
+    D, V, b = model.config.hidden_size, model.config.vocab_size, model.head.element_size()
+    T, N = sum(map(length, items)), sum(length(item) - item["n_prompt"] for item in items)
+    activations, layer = kept
+    # fp32 gradient and two moments; in 8 bits moments of a byte with a scale (fp32) per 256, from 4096 elements on
+    state = sum(n * (4 + (2 + 8 / 256 if optimizer == "adamw8bit" and n >= 4096 else 8)) for n in sizes)
+    # hidden states at the targets and their gradient, with a reference its states twice; blocks of logits (kernels/ce_kl.py)
+    loss = (4 if kl else 2) * N * D * b
+    loss += GPU_BUFFER if model.device.type == "cuda" else min(N, 2 * CPU_ROWS) * V * 4 * (2 if kl else 1)
+    if model.head.requires_grad:                                           # its fp32 gradient, here and on the way to there
+        loss += 3 * V * D * 4
+    inputs = len(model.layers) * T * D * b                                 # of the layers: all there is to recompute from
+    plan = {"state": state, "activations": activations, "inputs": inputs, "loss": loss,
+            "kept": state + activations + max(loss, layer / 2), "recomputed": state + inputs + max(loss, 1.5 * layer)}
+    return {part: int(size) for part, size in plan.items()}
+
+
+def choose_recompute(plan, weights, tokens, free):
+    """Print the plan -> whether activations are recomputed: only where they do not fit into nine tenths of the free bytes."""
+    recompute = plan["kept"] > 0.9 * free
+    gb = {part: f"{size / 1e9:.3g}" for part, size in {**plan, "weights": weights, "free": free}.items()}
+    each = [f"{plan[part] / tokens / 1e3:.3g}" for part in ("activations", "inputs")]
+    print(f"memory in GB: weights {gb['weights']}, gradients and optimizer {gb['state']}, loss {gb['loss']}, activations of "
+          f"{tokens:,} tokens {gb['activations']} ({each[0]} kB each, {each[1]} if recomputed); beside the weights {gb['kept']}, "
+          f"if recomputed {gb['recomputed']}; free {gb['free']}: {'recomputed' if recompute else 'kept'}")
+    if plan["recomputed"] > 0.9 * free:
+        print("warning: this may not fit; fewer --pack-tokens need less, or --quantize nf4, or with --full --optimizer adamw8bit",
+              file=sys.stderr)
+    return recompute
+
+
+def free_bytes(device):
+    """What can still be allocated."""
+    if device.type == "cuda":                                              # torch keeps freed memory to use again
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
 
 
 def make_optimizer(name, params, lr, weight_decay):
@@ -271,7 +386,7 @@ def checkpoint_tensors(trainable, optimizer):
             for inner, v in value.items() if isinstance(value, dict) else [(None, value)]:
                 name = f"optim.{i}.{key}" + (f"/{inner}" if inner else "")
                 tensors[name] = v if torch.is_tensor(v) else torch.tensor(v, dtype=torch.int64)
-    return {name: v.clone().contiguous() for name, v in tensors.items()}        # bitsandbytes shares some between parameters
+    return {name: v.to("cpu", copy=True).contiguous() for name, v in tensors.items()}     # bitsandbytes shares some of them
 
 
 def restore_checkpoint(trainable, optimizer, tensors):
@@ -291,6 +406,60 @@ def restore_checkpoint(trainable, optimizer, tensors):
         else:
             state[key] = value
     optimizer.load_state_dict(saved)
+
+
+def model_card(out):
+    """Text of OUT/model/README.md: what OUT/run.json says of that model, and OUT/eval.json if it is of that model."""
+    run, folder = read_run(out), Path(out) / "model"
+    train, recipe = run["train"], run["train"]["identity"]
+    adapter, on_hub = (folder / "adapter_config.json").exists(), not Path(train["model"]).is_absolute()
+
+    def name(model):                                                       # not where it lies on somebody's disk
+        return Path(model).name if Path(model).is_absolute() else model
+
+    def table(*rows):
+        return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+    base, source = name(train["model"]), f"`{name(train['arguments']['data'] or '')}`"
+    if train["arguments"]["data"] is None:
+        source = (f"traces of `{name(run['sample']['model'])}` (refusal instruction: {run['sample']['identity']['steer']}), "
+                  f"kept by the guard `{name(run['guard']['guard'])}`")
+    left_out = ", ".join(f"{n} {why}" for why, n in train["left_out"].items()) or "none"
+    results = "None here yet."
+    if (Path(out) / "eval.json").exists() and model_hash(folder) in json.dumps(run.get("eval", {}).get("identity")):
+        report = json.loads((Path(out) / "eval.json").read_text("utf-8"))
+        cell = "{percent} [{low}, {high}]".format_map
+        results = f"Percent with 95% interval; harm and refusal judged by {report['judge']}.\n\n" + table(
+            ("figure", "before", "after", "n"),
+            *((key, cell(report["before"][key]), cell(after), after["n"]) for key, after in report["after"].items()))
+    return f"""---
+{f"base_model: {base}{chr(10)}" if on_hub else ""}library_name: {"peft" if adapter else "transformers"}
+pipeline_tag: text-generation
+tags: [thinksafe, safety]
+---
+# {base}, fine-tuned with ThinkSafe
+
+{"LoRA adapter for" if adapter else "Weights of"} `{base}`, trained on pairs of a prompt and a safe trace (arXiv 2601.23143).
+{f"With vLLM: `--enable-lora --max-lora-rank {recipe['lora_r']}`." if adapter else ""}
+
+## Data
+
+{train["rows"]} rows: {source}. Left out: {left_out}.
+
+{table(("label", "rows"), *train["labels"].items())}
+
+## Recipe
+
+{table(("what", "value"), ("steps", train["steps"]), *recipe.items())}
+
+## Results
+
+{results}
+
+## Use and licence
+
+For research on the safety of reasoning models. Nothing was measured but what stands above. The weights derive from `{base}` and
+stay under its licence; the rows have that of their source.
+"""
 
 
 def main():
@@ -324,6 +493,8 @@ def main():
     g.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="torch's, or bitsandbytes' in 8 bits")
     p.add_argument("--pack-tokens", type=count, default=16384, help="tokens in one pass: fewer need less memory, the loss stays")
     p.add_argument("--save-every", type=count, default=50, help="optimizer steps between checkpoints")
+    p.add_argument("--dry-run", action="store_true", help="show configuration, memory plan and one example; write nothing")
+    p.add_argument("--export", choices=("trl",), help="write the rows for TRL's SFTTrainer, OUT/trl.jsonl, and stop")
     p.add_argument("--seed", type=seed_value, help="of order, initial LoRA weights and dropout (default: that of sample.py)")
     args = p.parse_args()
 
@@ -338,10 +509,14 @@ def main():
     recipe |= {k: getattr(args, k) for k in recipe if getattr(args, k) is not None}
     path = args.data or args.out / "guarded.jsonl"
     rows = (prompt_rows if args.primer else training_rows)(path, args.label)
+    if args.quantize and args.full:
+        raise InputError("--quantize keeps the weights as they are and --full trains them; leave one of them out")
+    if args.export and (args.primer or args.safekey):
+        raise InputError("--export is for plain training on whole responses; leave --primer and --safekey out")
     if args.cache_reference and not args.kl:
         raise InputError("--cache-reference keeps the reference of --kl, which is not asked for")
     dtype = torch.float32 if args.full else pick_dtype(args)               # bf16 weights would lose steps of 1e-5
-    model, tokenizer = load_decoder(name, args.device, dtype)
+    model, tokenizer = load_decoder(name, args.device, dtype, args.quantize)
     if lora_layers(model):
         raise InputError(f"{name} is an adapter; merge it first (train.py --merge), or train its base model")
     items, left_out = encode_rows(rows, tokenizer, min(recipe["max_length"], model.config.max_position_embeddings),
@@ -353,6 +528,9 @@ def main():
         items = balanced(items, args.limit, args.seed)
     if args.safekey and not any("key" in item for item in items):
         raise InputError(f"{path}: --safekey finds no row whose reasoning has two sentences")
+    if args.export:
+        args.out.mkdir(parents=True, exist_ok=True)
+        return export_trl(args.out / "trl.jsonl", items, tokenizer)
     torch.manual_seed(args.seed)
     frozen = model                                                         # LoRA: the model itself, switched off
     if args.full:
@@ -377,7 +555,11 @@ def main():
         identity["pack_tokens"] = args.pack_tokens
     checkpoint, metrics = args.out / "checkpoint.safetensors", args.out / "metrics.jsonl"
     state = load_state(checkpoint) if checkpoint.exists() else None
-    stage = Stage("train", args, identity, "metrics.jsonl", model=name, sources=VERSIONS)
+    if args.dry_run:
+        show = {"student": name, "data": path, "device": args.device, "pack_tokens": args.pack_tokens, **identity}
+        print("\n".join(f"{key:16}{value}" for key, value in show.items()))
+    else:
+        stage = Stage("train", args, identity, "metrics.jsonl", model=name, sources=VERSIONS)
     steps = list(batches(len(items), recipe["batch_size"], recipe["epochs"], args.seed))
     print(f"data: {label_counts(rows)}\n{overlap(rows, [TINY / 'eval.jsonl'] if is_tiny(name) else EVAL_SETS)}")
     n_harmful = sum(not item["benign"] for item in items)
@@ -385,6 +567,16 @@ def main():
           f"{sum(q.numel() for q in trainable.values()):,} weights"
           + (f", {sum('key' in item for item in items)} rows with a key sentence" if args.safekey else "")
           + "".join(f"; left out {n} {why}" for why, n in sorted(left_out.items())))
+    model.train()
+    mixed = args.full and model.device.type == "cuda"
+    weights = stored_bytes(t for m in {model, frozen} for t in (*m.parameters(), *m.buffers()))
+    packs = (pack for step in steps for pack in split_packs([items[i] for i in step], length, args.pack_tokens))
+    largest = max(packs, key=lambda pack: sum(map(length, pack)))
+    plan = memory_plan(model, largest, [q.numel() for q in trainable.values()], args.optimizer,
+                       kept_bytes(model, largest, mixed), args.kl)
+    model.recompute = choose_recompute(plan, weights, sum(map(length, largest)), free_bytes(model.device))
+    if args.dry_run:
+        return print(rendered(items[steps[0][0]], tokenizer))
 
     old, start = RowWriter(metrics).rows, 0                                # a last line that was cut is mended
     if not old:                                                            # metrics.jsonl was deleted to start again
@@ -398,8 +590,6 @@ def main():
     write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in old[:start]))
     log = RowWriter(metrics)
 
-    mixed = args.full and model.device.type == "cuda"
-
     def reference(items):
         with torch.no_grad(), lora_off(frozen):
             return target_states(frozen, items, mixed)[0]
@@ -411,8 +601,8 @@ def main():
 
     def save(step):
         save_state(checkpoint, checkpoint_tensors(trainable, optimizer), {"step": step, "identity": identity})
-    model.train()
-    model.recompute = model.device.type == "cuda"
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
     with tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=None) as bar:
         for step in range(start, len(steps)):
             began, batch = time.time(), [items[i] for i in steps[step]]
@@ -422,14 +612,14 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = lr
             sums, extra = torch.zeros(3, device=args.device), torch.zeros(2, device=args.device)
-            for part in split_packs(batch, lambda item: len(item["ids"]), args.pack_tokens):
+            for part in split_packs(batch, length, args.pack_tokens):
                 losses = pass_loss(model, part, reference, frozen.head if frozen is not model else None, mixed)
                 (losses[0] / n_targets).backward()
                 sums += torch.stack(losses).detach()
             late = args.safekey and step * recipe["epochs"] // len(steps) >= recipe["epochs"] - SAFEKEY_EPOCHS
             keyed = [item for item in batch if late and "key" in item]
             n_key = sum(item["key"][1] - item["key"][0] for item in keyed)
-            for part in split_packs(keyed, lambda item: len(item["ids"]), args.pack_tokens):
+            for part in split_packs(keyed, length, args.pack_tokens):
                 losses = torch.stack(safekey_losses(model, heads, part, mixed)) / sums.new_tensor([n_key, len(keyed)])
                 (SAFEKEY_WEIGHT * losses.sum()).backward()
                 extra += losses.detach()
@@ -452,16 +642,28 @@ def main():
                 save(step + 1)
     if start < len(steps):
         save(len(steps))
+    if model.device.type == "cuda" and start < len(steps):
+        need = weights + plan["recomputed" if model.recompute else "kept"]
+        print(f"memory: {need / 1e9:.2f} GB planned, {torch.cuda.max_memory_allocated(model.device) / 1e9:.2f} GB seen")
     if not args.full and args.merge:
+        if args.quantize:
+            print(f"merging into {name} as it was before it was quantised")
+            adapter, lora = lora_tensors(model), model.lora
+            model, _ = load_decoder(name, "cpu", own_dtype(model.config))
+            add_lora(model, *lora.values())
+            load_lora(model, adapter)
         merge_lora(model)
     if args.full or args.merge:
         save_decoder(model, args.out / "model")
     else:
         save_lora(model, args.out / "model", name)
     done = read_rows(metrics)
+    counts = {"rows": len(items), "steps": len(steps), "train_tokens": sum(r["tokens"] for r in done),
+              "left_out": dict(sorted(left_out.items()))}
+    stage.save(labels=dict(sorted(Counter(item["label"] for item in items).items())), **counts)
+    write_atomic(args.out / "model" / "README.md", model_card(args.out))
     stage.finish(f"trained {len(steps)} steps on {len(items)} rows, last loss {done[-1]['loss']:.4f}", args.out / "model",
-                 f"python eval.py --out {args.out}", rows=len(items), steps=len(steps),
-                 train_tokens=sum(r["tokens"] for r in done), left_out=dict(sorted(left_out.items())))
+                 f"python eval.py --out {args.out}", **counts)
 
 
 if __name__ == "__main__":
