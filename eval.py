@@ -16,6 +16,7 @@ from collections import defaultdict
 import torch
 from tqdm import tqdm
 
+from data import prompt_rows
 from guard import REFUSAL, Guard, default_guard, load_guard
 from sample import Sampler, add_sampling_flags, sampling_options
 from thinksafe import (
@@ -34,7 +35,6 @@ from thinksafe import (
     merge_lora,
     parser,
     pick_dtype,
-    read_prompts,
     read_run,
     stage_seed,
     template_hash,
@@ -149,7 +149,7 @@ def main():
     if not name:
         raise InputError("--before: which model is this one to be compared with?")
     rows, seen = [], defaultdict(int)
-    for i, row in enumerate(read_prompts(args.prompts), 1):
+    for i, row in enumerate(prompt_rows(args.prompts), 1):
         kind = str(row.get("set"))
         known = kind.startswith("harm_") or kind == "over_refusal" or (kind == "reasoning" and {"task", "answer"} <= row.keys())
         if not known:

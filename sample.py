@@ -2,7 +2,8 @@
 Prompts -> the student's own traces, out/samples.jsonl.
 
     python sample.py                                   # the tiny world on a CPU, Qwen3-0.6B on a GPU
-    python sample.py --model Qwen/Qwen3-0.6B --prompts my_prompts.jsonl --out runs/mine
+    python sample.py --model Qwen/Qwen3-0.6B --prompts safechain --out runs/mine
+    python sample.py --prompts strongreject.csv --label vanilla_harmful    # a file without a column of labels
     python sample.py --steer none --n 5                # no instruction: the material of rejection sampling
 
 Harmful prompts are asked under a refusal instruction (--steer), benign ones plainly. A row is written
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data import VERSIONS, label_counts, prompt_rows
 from kernels.decode_attention import decode_attention, quantise, slot_attention
 from thinksafe import (
     LABELS,
@@ -47,7 +49,6 @@ from thinksafe import (
     packed_attention,
     parser,
     pick_dtype,
-    read_prompts,
     row_key,
     seed_value,
     split_packs,
@@ -497,7 +498,9 @@ def main():
     p.add_argument("--bench", action="store_true", help="time the sampler against transformers.generate (--bench --help)")
     p.add_argument("--kv-bits", type=int, choices=(16, 8), default=16, help="8: the cache as int8, on a GPU; half the memory")
     p.add_argument("--model", default="auto", help="student: auto, tiny, a Hugging Face folder, or a hub name")
-    p.add_argument("--prompts", help="JSONL file: instruction, prompt_label, optionally id (default: the tiny world's)")
+    p.add_argument("--prompts", help="safechain, eopsa, ...: a set of data.py; a .jsonl .json .csv .tsv .parquet file or URL; or "
+                   "owner/name[:config[:split]][@revision] on the hub (default: the tiny world's)")
+    p.add_argument("--label", choices=LABELS, help="what prompts are that have no label of their own")
     p.add_argument("--steer", choices=STEER, default="default", help="wording of the refusal instruction on harmful prompts")
     p.add_argument("--n", type=count, default=1, help="traces per prompt")
     p.add_argument("--limit", type=count, help="only the first LIMIT prompts")
@@ -505,16 +508,17 @@ def main():
     args = p.parse_args()
     args.seed = args.seed or 0
 
-    prompts = read_prompts(args.prompts or TINY / "prompts.jsonl")[:args.limit]
+    prompts = prompt_rows(args.prompts or TINY / "prompts.jsonl", args.label)[:args.limit]
     name = model_name(args.model)
     model, tokenizer = load_decoder(name, args.device, pick_dtype(args), args.quantize)
     options = sampling_options(args, model)
     stage = Stage("sample", args, {
         "model": model.hash, "template": template_hash(tokenizer), "prompts": content_id(json.dumps(prompts)),
         "steer": args.steer, "wording": STEER[args.steer], "n": args.n, "seed": args.seed, "dtype": str(model.head.dtype),
-        "kv_bits": args.kv_bits, **options}, "samples.jsonl", model=name)
+        "kv_bits": args.kv_bits, **options}, "samples.jsonl", model=name, sources=VERSIONS)
+    print(f"prompts: {label_counts(prompts)}")
     if not args.prompts and not is_tiny(name):
-        print(f"prompts: those of the tiny world, {len(prompts)}; name yours with --prompts", file=sys.stderr)
+        print("prompts: those of the tiny world; name yours with --prompts", file=sys.stderr)
     writer = RowWriter(args.out / "samples.jsonl")
     for i, row in enumerate(writer.rows, 1):
         check_trace(row, f"{writer.path}:{i}")

@@ -240,28 +240,6 @@ def check_trace(row, where):
         raise InputError(f"{where}: not a row of sample.py (it needs id, response, finish_reason, k and n_tokens)")
 
 
-def read_prompts(path):
-    """Prompts of a JSONL file: `instruction`, `prompt_label`, optional `id`; other keys are carried along.
-
-    Exact repetitions are dropped with a notice; two different prompts under one id are an error."""
-    rows, data = {}, read_rows(path)
-    for i, row in enumerate(data, 1):
-        where = f"{path}, row {i}"
-        check_row(row, where)
-        row = {"id": content_id(row["prompt_label"], row["instruction"]), **row}
-        if not isinstance(row["id"], str | int):
-            raise InputError(f"{where}: id must be text or a whole number, not {row['id']!r}")
-        row["id"] = str(row["id"])
-        first = rows.setdefault(row["id"], row)
-        if any(first[k] != row[k] for k in ("prompt_label", "instruction")):
-            raise InputError(f"{where}: id {row['id']!r} is used by another prompt before it; ids must be unique")
-    if not rows:
-        raise InputError(f"{path}: no prompts in it")
-    if len(rows) < len(data):
-        print(f"{path}: {len(data) - len(rows)} repeated prompts dropped", file=sys.stderr)
-    return list(rows.values())
-
-
 def fault_of(response, finish_reason, tokenizer):
     """Why a trace cannot be trained on (length, prompt_too_long, empty, unclosed_think), or None.
 

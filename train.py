@@ -7,7 +7,7 @@ out/guarded.jsonl -> the student fine-tuned on (original prompt -> own safe trac
     python train.py --quantize nf4         # QLoRA: LoRA on a base in 4 bits
     python train.py --dry-run              # configuration, memory plan and one example; writes nothing
     python train.py --export trl           # the rows as TRL's SFTTrainer wants them, out/trl.jsonl; no training
-    python train.py --data my_rows.jsonl   # any rows with instruction, response, prompt_label
+    python train.py --data star1           # other rows: a set of data.py, a file, or a data set of the hub
 
 Rows are packed without padding and do not see each other. The loss of a step is summed over its target
 tokens and divided by their number, however many passes it took: packing changes speed, not the loss (up to
@@ -27,13 +27,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from data import EVAL_SETS, VERSIONS, label_counts, overlap, training_rows
 from kernels.ce_kl import CPU_ROWS, GPU_BUFFER, ce_kl_loss
 from thinksafe import (
+    LABELS,
+    TINY,
     InputError,
     RowWriter,
     Stage,
     add_lora,
-    check_row,
     cli,
     content_id,
     count,
@@ -392,7 +394,9 @@ stay under its licence; the rows have that of their source.
 def main():
     p = parser(__doc__)
     p.add_argument("--model", help="student (default: the model that sample.py used)")
-    p.add_argument("--data", help="rows to train on (default: OUT/guarded.jsonl)")
+    p.add_argument("--data", help="rows to train on: star1, directrefusal, thinksafe-qwen3-0.6b, ...: a set of data.py; or a "
+                   "file, URL or hub name as for sample.py --prompts (default: OUT/guarded.jsonl)")
+    p.add_argument("--label", choices=LABELS, help="what prompts of --data are that have no label of their own")
     p.add_argument("--kl", action="store_true", help="benign rows: forward KL to the frozen student instead of cross-entropy")
     p.add_argument("--full", action="store_true", help="train all weights instead of LoRA (in fp32, whatever --dtype says)")
     p.add_argument("--merge", action="store_true", help="write a merged model that transformers loads, instead of an adapter")
@@ -425,15 +429,7 @@ def main():
     recipe = dict(TINY_RECIPE if is_tiny(name) else PAPER)
     recipe |= {k: getattr(args, k) for k in recipe if getattr(args, k) is not None}
     path = args.data or args.out / "guarded.jsonl"
-    rows = read_rows(path)
-    for i, row in enumerate(rows, 1):
-        check_row(row, f"{path}, row {i}")
-        if not isinstance(row.get("response"), str):
-            raise InputError(f"{path}, row {i}: no text under 'response'")
-        if "steer" in row and "response_label" not in row:
-            raise InputError(f"{path}, row {i}: a trace that no guard has judged; run guard.py first")
-        row["id"] = str(row.get("id", content_id(row["prompt_label"], row["instruction"], row["response"])))
-
+    rows = training_rows(path, args.label)
     if args.quantize and args.full:
         raise InputError("--quantize keeps the weights as they are and --full trains them; leave one of them out")
     if args.cache_reference and not args.kl:
@@ -471,8 +467,9 @@ def main():
         show = {"student": name, "data": path, "device": args.device, "pack_tokens": args.pack_tokens, **identity}
         print("\n".join(f"{key:16}{value}" for key, value in show.items()))
     else:
-        stage = Stage("train", args, identity, "metrics.jsonl", model=name)
+        stage = Stage("train", args, identity, "metrics.jsonl", model=name, sources=VERSIONS)
     steps = list(batches(len(items), recipe["batch_size"], recipe["epochs"], args.seed))
+    print(f"data: {label_counts(rows)}\n{overlap(rows, [TINY / 'eval.jsonl'] if is_tiny(name) else EVAL_SETS)}")
     n_harmful = sum(not item["benign"] for item in items)
     print(f"train: {len(items)} rows ({n_harmful} harmful, {len(items) - n_harmful} benign), {len(steps)} steps, "
           f"{sum(q.numel() for q in trainable.values()):,} weights"

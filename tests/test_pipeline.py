@@ -109,7 +109,7 @@ GOOD = {"instruction": "Hello", "prompt_label": "vanilla_benign"}
     (['{"instruction": 5, "prompt_label": "vanilla_benign"}'], "row 1: no text under 'instruction'"),
     (['{"instruction": "x", "prompt_label": "evil"}'], "prompt_label is 'evil'"),
     (['{"id": "a", "instruction": "x", "prompt_label": "vanilla_benign"}', '{"id": "a", "instruction": "y", "prompt_label": "vanilla_benign"}'], "'a'"),
-    ([], "no prompts"),
+    ([], "no rows"),
 ])
 def test_bad_prompts(tmp_path, lines, message):
     path = tmp_path / "prompts.jsonl"

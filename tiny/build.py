@@ -125,7 +125,7 @@ def teacher_example(rng, acts):
 
 def guard_example(rng, acts):
     """A conversation and its true verdict: both styles, refusals, and traces that change their mind."""
-    harmful = rng.random() < 0.65
+    harmful = rng.random() < 0.5
     act = random_act(rng, acts, harmful)
     prompt, words = world.ask(rng, act, rng.random() < 0.5)
     teacher = rng.random() < 0.3
@@ -149,7 +149,7 @@ SHAPES = {      # sizes, and how many tokens it is trained on
     "student": dict(**QWEN, num_hidden_layers=4, num_key_value_heads=2, tokens=11e6),
     "teacher": dict(**QWEN, num_hidden_layers=5, num_key_value_heads=4, tokens=8e6),
     "guard": dict(model_type="llama", hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=2,
-                  intermediate_size=192, num_hidden_layers=2, tokens=2.1e6),
+                  intermediate_size=192, num_hidden_layers=2, tokens=2e6),
 }
 LR = 3e-3
 
