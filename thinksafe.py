@@ -1041,7 +1041,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         out = self.base_layer(x)
         if self.enabled:
-            out = out + (self.scale * F.linear(F.linear(self.dropout(x.float()), self.lora_A), self.lora_B)).to(out.dtype)
+            out = out + F.linear(F.linear(self.dropout(x.float()), self.lora_A), self.scale * self.lora_B).to(out.dtype)
         return out
 
 
