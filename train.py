@@ -4,6 +4,7 @@ out/guarded.jsonl -> the student fine-tuned on (original prompt -> own safe trac
     python train.py                        # LoRA; the paper's recipe, or the tiny world's for the tiny student
     python train.py --kl                   # forward KL to the frozen student on benign rows, instead of cross-entropy
     python train.py --full                 # all weights
+    python train.py --online grpo          # on rollouts made for every step: grpo, opd --teacher MODEL, opsa; see online.py
     python train.py --quantize nf4         # QLoRA: LoRA on a base in 4 bits
     python train.py --dry-run              # configuration, memory plan and one example; writes nothing
     python train.py --export trl           # the rows as TRL's SFTTrainer wants them, out/trl.jsonl; no training
@@ -36,6 +37,9 @@ from tqdm import tqdm
 
 from data import EVAL_SETS, VERSIONS, label_counts, overlap, prompt_rows, training_rows
 from kernels.ce_kl import CPU_ROWS, GPU_BUFFER, ce_kl_loss
+from kernels.reverse_kl import reverse_kl_loss
+from online import COSTS, RECIPE, Online, add_online_flags, as_teacher_sees, check_flags
+from sample import add_sampling_flags
 from thinksafe import (
     LABELS,
     TINY,
@@ -72,7 +76,6 @@ from thinksafe import (
     save_decoder,
     save_lora,
     save_state,
-    seed_value,
     split_packs,
     stage_seed,
     template_hash,
@@ -216,19 +219,39 @@ def target_states(model, items, mixed=False):
     return hidden.bfloat16() if mixed else hidden, tokens[where + 1]
 
 
-def pass_loss(model, items, reference=None, ref_head=None, mixed=False):
-    """Loss of one packed pass, summed over its target tokens -> (loss with gradient, cross-entropy part, KL part), scalars.
+def pass_loss(model, items, reference=None, ref_head=None, mixed=False, temperature=1.0):
+    """Loss of one packed pass, summed over its target tokens -> (loss with gradient, its cross-entropy part, and without their
+    weights KL and reverse KL), scalars. Per target token, with p of softmax(logits / temperature),
 
-    reference: None, or f(benign items) -> hidden states (M, D) of the frozen student at their targets: benign rows then
-    get KL to it instead of cross-entropy. ref_head: its head, if the student's own is trained. mixed: as in `target_states`."""
+        w * -log p(target)  +  kl * KL(reference || p)  +  reverse_kl * KL(p || reference)
+
+    An item has these weights as a number or one for each target; without, they are 1, 0, 0, or 0, 1, 0 if it is benign and
+    there is a reference. A token with a kl has no w.
+    reference: None, or f(items that have a KL) -> hidden states (M, D) of the frozen student, or of a teacher, at their
+    targets. ref_head: its head, if it is not the student's frozen one. mixed: as in `target_states`."""
     hidden, targets = target_states(model, items, mixed)
-    by_kl = [item["benign"] and reference is not None for item in items for _ in item["ids"][item["n_prompt"]:]]
-    by_kl, ref_hidden = torch.tensor(by_kl, device=hidden.device), None
-    if by_kl.any():
-        ref = reference([item for item in items if item["benign"]]).to(hidden)
-        ref_hidden = torch.zeros_like(hidden).index_put((by_kl,), ref)
-    loss = ce_kl_loss(hidden, model.head.to(hidden.dtype), targets, (~by_kl).float(), ref_hidden, by_kl.float(), ref_head)
-    return loss.sum(), loss.detach()[~by_kl].sum(), loss.detach()[by_kl].sum()
+    if temperature != 1:
+        hidden = hidden / temperature
+    weights = []                                                           # of each item (3, n)
+    for item in items:
+        by_kl = item["benign"] and reference is not None
+        own = (item.get(key, usual) for key, usual in (("w", not by_kl), ("kl", by_kl), ("reverse_kl", 0)))
+        weights.append(torch.stack([torch.as_tensor(x).float().expand(length(item) - item["n_prompt"]) for x in own]))
+    asked = [item for item, x in zip(items, weights) if x[1:].any()]
+    by_ref = torch.cat([x[1:].any().expand(x.shape[1]) for x in weights]).to(hidden.device)
+    weights = torch.cat(weights, 1)
+    any_kl, any_reverse = weights[1:].any(1).tolist()
+    w, kl, reverse = weights.to(hidden.device)
+    head, ref_hidden, back = model.head.to(hidden.dtype), None, torch.zeros_like(w)
+    if asked:
+        ref = reference(asked).to(hidden)
+    if any_kl:
+        ref_hidden = torch.zeros_like(hidden).index_put((by_ref,), ref)
+    if any_reverse:
+        back[by_ref] = reverse_kl_loss(hidden[by_ref], head, ref, head if ref_head is None else ref_head)
+    loss = ce_kl_loss(hidden, head, targets, w, ref_hidden, kl, ref_head if any_kl else None)
+    by_kl, parts = kl != 0, loss.detach()
+    return (loss + reverse * back).sum(), parts[~by_kl].sum(), (parts / kl)[by_kl].sum(), back.detach().sum()
 
 
 def safekey_losses(model, heads, items, mixed=False):
@@ -420,7 +443,11 @@ def model_card(out):
     def table(*rows):
         return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
     base, source = name(train["model"]), f"`{name(train['arguments']['data'] or '')}`"
-    if train["arguments"]["data"] is None:
+    method, what = "ThinkSafe", "pairs of a prompt and a safe trace (arXiv 2601.23143)"
+    if recipe.get("online"):
+        method, what = recipe["online"].upper(), "its own rollouts"
+        source = f"prompts, {recipe['rollouts']} rollouts of each in every epoch"
+    elif train["arguments"]["data"] is None:
         source = (f"traces of `{name(run['sample']['model'])}` (refusal instruction: {run['sample']['identity']['steer']}), "
                   f"kept by the guard `{name(run['guard']['guard'])}`")
     left_out = ", ".join(f"{n} {why}" for why, n in train["left_out"].items()) or "none"
@@ -436,9 +463,9 @@ def model_card(out):
 pipeline_tag: text-generation
 tags: [thinksafe, safety]
 ---
-# {base}, fine-tuned with ThinkSafe
+# {base}, fine-tuned with {method}
 
-{"LoRA adapter for" if adapter else "Weights of"} `{base}`, trained on pairs of a prompt and a safe trace (arXiv 2601.23143).
+{"LoRA adapter for" if adapter else "Weights of"} `{base}`, trained on {what}.
 {f"With vLLM: `--enable-lora --max-lora-rank {recipe['lora_r']}`." if adapter else ""}
 
 ## Data
@@ -495,20 +522,28 @@ def main():
     p.add_argument("--save-every", type=count, default=50, help="optimizer steps between checkpoints")
     p.add_argument("--dry-run", action="store_true", help="show configuration, memory plan and one example; write nothing")
     p.add_argument("--export", choices=("trl",), help="write the rows for TRL's SFTTrainer, OUT/trl.jsonl, and stop")
-    p.add_argument("--seed", type=seed_value, help="of order, initial LoRA weights and dropout (default: that of sample.py)")
+    add_online_flags(p)
+    add_sampling_flags(p)
     args = p.parse_args()
 
+    check_flags(args)
     run = read_run(args.out)
-    if args.data is None and not run.get("guard", {}).get("finished"):
+    if args.online:
+        if args.prompts is None and not run.get("sample", {}).get("finished"):
+            raise InputError(f"{args.out}: sample.py has not finished there; run it first, or give prompts with --prompts FILE")
+    elif args.data is None and not run.get("guard", {}).get("finished"):
         raise InputError(f"{args.out}: guard.py has not finished there; run it first, or give rows with --data FILE")
     args.seed = stage_seed(args, run)
     if args.model is None and "sample" not in run:
         raise InputError(f"{args.out}: no sample.py run to take the model from; give --model")
     name = model_name(args.model or run["sample"]["model"])
-    recipe = dict(TINY_RECIPE if is_tiny(name) else PAPER)
+    recipe = {**(TINY_RECIPE if is_tiny(name) else PAPER), **RECIPE.get(args.online, {})}
     recipe |= {k: getattr(args, k) for k in recipe if getattr(args, k) is not None}
-    path = args.data or args.out / "guarded.jsonl"
-    rows = (prompt_rows if args.primer else training_rows)(path, args.label)
+    if args.online:
+        path = args.prompts or args.out / "samples.jsonl"
+    else:
+        path = args.data or args.out / "guarded.jsonl"
+    rows = (prompt_rows if args.online or args.primer else training_rows)(path, args.label)
     if args.quantize and args.full:
         raise InputError("--quantize keeps the weights as they are and --full trains them; leave one of them out")
     if args.export and (args.primer or args.safekey):
@@ -519,8 +554,12 @@ def main():
     model, tokenizer = load_decoder(name, args.device, dtype, args.quantize)
     if lora_layers(model):
         raise InputError(f"{name} is an adapter; merge it first (train.py --merge), or train its base model")
-    items, left_out = encode_rows(rows, tokenizer, min(recipe["max_length"], model.config.max_position_embeddings),
-                                  args.strip_cot, args.primer, args.safekey)
+    online = Online(args, run, recipe, model, tokenizer) if args.online else None
+    if online:
+        items, left_out = online.encode(rows)
+    else:
+        items, left_out = encode_rows(rows, tokenizer, min(recipe["max_length"], model.config.max_position_embeddings),
+                                      args.strip_cot, args.primer, args.safekey)
     if not items:
         raise InputError(f"{path}: none of its {len(rows)} rows can be trained on ({dict(left_out)})")
     if args.limit and args.limit < len(items):
@@ -532,7 +571,7 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
         return export_trl(args.out / "trl.jsonl", items, tokenizer)
     torch.manual_seed(args.seed)
-    frozen = model                                                         # LoRA: the model itself, switched off
+    frozen = online and online.teacher or model                            # LoRA: the model itself, switched off
     if args.full:
         model.requires_grad_(True)
         frozen = load_decoder(name, args.device, dtype)[0] if args.kl else model
@@ -551,6 +590,8 @@ def main():
                                                  "strip_cot", "primer", "safekey")}}
     if args.kl:                                                            # read back or made again: the same up to rounding
         identity["cache_reference"] = args.cache_reference > 0
+    if online:
+        identity |= online.identity
     if not args.full and recipe["lora_dropout"]:                           # the masks are drawn pass by pass
         identity["pack_tokens"] = args.pack_tokens
     checkpoint, metrics = args.out / "checkpoint.safetensors", args.out / "metrics.jsonl"
@@ -570,10 +611,13 @@ def main():
     model.train()
     mixed = args.full and model.device.type == "cuda"
     weights = stored_bytes(t for m in {model, frozen} for t in (*m.parameters(), *m.buffers()))
-    packs = (pack for step in steps for pack in split_packs([items[i] for i in step], length, args.pack_tokens))
-    largest = max(packs, key=lambda pack: sum(map(length, pack)))
+    if online:
+        largest = online.largest(items, recipe["batch_size"])
+    else:
+        packs = (pack for step in steps for pack in split_packs([items[i] for i in step], length, args.pack_tokens))
+        largest = max(packs, key=lambda pack: sum(map(length, pack)))
     plan = memory_plan(model, largest, [q.numel() for q in trainable.values()], args.optimizer,
-                       kept_bytes(model, largest, mixed), args.kl)
+                       kept_bytes(model, largest, mixed), args.kl or bool(online))
     model.recompute = choose_recompute(plan, weights, sum(map(length, largest)), free_bytes(model.device))
     if args.dry_run:
         return print(rendered(items[steps[0][0]], tokenizer))
@@ -590,10 +634,13 @@ def main():
     write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in old[:start]))
     log = RowWriter(metrics)
 
+    def student(items):
+        return target_states(model, items)[0]
+
     def reference(items):
-        with torch.no_grad(), lora_off(frozen):
-            return target_states(frozen, items, mixed)[0]
-    if not args.kl:
+        with torch.no_grad(), lora_off(model):                             # a teacher's own LoRA stays on
+            return target_states(frozen, list(map(as_teacher_sees, items)), mixed)[0]
+    if not (args.kl or online):
         reference = None
     elif args.cache_reference:
         reference = cached_reference(args.out / "reference.safetensors", reference, items, args.pack_tokens, args.cache_reference,
@@ -605,15 +652,18 @@ def main():
         torch.cuda.reset_peak_memory_stats(model.device)
     with tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=None) as bar:
         for step in range(start, len(steps)):
-            began, batch = time.time(), [items[i] for i in steps[step]]
+            began, batch, figures = time.time(), [items[i] for i in steps[step]], {}
+            if online:
+                batch, figures = online.step(batch, step, student, reference)
             torch.manual_seed(args.seed * 1_000_003 + step)                    # dropout belongs to the step: resuming is exact
             n_targets = sum(len(item["ids"]) - item["n_prompt"] for item in batch)
             lr = learning_rate(step, len(steps), recipe["lr"], args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            sums, extra = torch.zeros(3, device=args.device), torch.zeros(2, device=args.device)
+            sums, extra, training = torch.zeros(4, device=args.device), torch.zeros(2, device=args.device), time.time()
             for part in split_packs(batch, length, args.pack_tokens):
-                losses = pass_loss(model, part, reference, frozen.head if frozen is not model else None, mixed)
+                losses = pass_loss(model, part, reference, frozen.head if frozen is not model else None, mixed,
+                                   online.temperature if online else 1.0)
                 (losses[0] / n_targets).backward()
                 sums += torch.stack(losses).detach()
             late = args.safekey and step * recipe["epochs"] // len(steps) >= recipe["epochs"] - SAFEKEY_EPOCHS
@@ -624,7 +674,7 @@ def main():
                 (SAFEKEY_WEIGHT * losses.sum()).backward()
                 extra += losses.detach()
             norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.clip).item()
-            loss, ce, kl = (sums / n_targets).tolist()
+            loss, ce, kl, reverse_kl = (sums / n_targets).tolist()
             masked_key, harm_head = extra.tolist()
             loss += SAFEKEY_WEIGHT * (masked_key + harm_head)
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -633,16 +683,19 @@ def main():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             n_tokens = sum(len(item["ids"]) for item in batch)
+            if keyed:
+                figures |= {"masked_key": masked_key, "harm_head": harm_head}
+            if online:
+                figures = {"reverse_kl": reverse_kl, **figures, "train_s": round(time.time() - training, 3)}
             log.write({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
-                       **({"masked_key": masked_key, "harm_head": harm_head} if keyed else {}),
-                       "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began))})
+                       "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began)), **figures})
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / (time.time() - began):,.0f} tokens/s")
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
                 save(step + 1)
     if start < len(steps):
         save(len(steps))
-    if model.device.type == "cuda" and start < len(steps):
+    if model.device.type == "cuda" and start < len(steps) and not online:  # the sampler takes what is free
         need = weights + plan["recomputed" if model.recompute else "kept"]
         print(f"memory: {need / 1e9:.2f} GB planned, {torch.cuda.max_memory_allocated(model.device) / 1e9:.2f} GB seen")
     if not args.full and args.merge:
@@ -660,6 +713,8 @@ def main():
     done = read_rows(metrics)
     counts = {"rows": len(items), "steps": len(steps), "train_tokens": sum(r["tokens"] for r in done),
               "left_out": dict(sorted(left_out.items()))}
+    if online:
+        counts |= {name: round(sum(row.get(key, 0) for row in done), 2) for name, key in COSTS.items()}
     stage.save(labels=dict(sorted(Counter(item["label"] for item in items).items())), **counts)
     write_atomic(args.out / "model" / "README.md", model_card(args.out))
     stage.finish(f"trained {len(steps)} steps on {len(items)} rows, last loss {done[-1]['loss']:.4f}", args.out / "model",

@@ -17,6 +17,7 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 # There is one teacher, larger, of the student's shape and vocabulary and another style: it stands for the paper's larger teacher
 # of the same family and for its model of another family.
 curated="--model tiny --label vanilla_harmful --epochs 5 --data tiny"
+online="--model tiny --prompts tiny/prompts.jsonl --online"
 methods="
 thinksafe         |                                         |                  |
 thinksafe-kl      |                                         |                  | --kl
@@ -33,6 +34,9 @@ star1             | -                                       |                  |
 safekey           | -                                       |                  | $curated/safekey.jsonl --safekey
 safepath          | -                                       |                  | --model tiny --data tiny/prompts.jsonl --primer --limit 40 --epochs 4
 teacher-thinksafe | --model tiny/teacher                    |                  |
+grpo              | -                                       |                  | $online grpo --guard tiny
+opd               | -                                       |                  | $online opd --teacher tiny/teacher
+opsa              | -                                       |                  | $online opsa
 teacher-by-self   | --model tiny                            |                  | --model tiny/teacher
 "
 
