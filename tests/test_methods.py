@@ -188,6 +188,15 @@ def test_safekey_without_a_key_sentence(tmp_path):
     assert done.returncode == 2 and "no row whose reasoning has two sentences" in done.stderr and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--primer", "--safekey"], "not allowed with"), (["--primer", "--export", "trl"], "leave --primer and --safekey out"),
+    (["--safekey", "--export", "trl"], "leave --primer and --safekey out"), (["--strip-cot", "none"], "invalid choice"),
+    (["--online", "opsa", "--primer", "x"], "leave --data out"), (["--limit", 0], "--limit")])
+def test_flags_that_do_not_go_together(tmp_path, flags, message):
+    done = call("train.py", "--model", "tiny", "--data", ROOT / "tiny" / "star1.jsonl", "--label", "vanilla_harmful", "--out", tmp_path / "out", *flags)
+    assert done.returncode == 2 and message in done.stderr and not (tmp_path / "out").exists()
+
+
 # ---- retries
 
 def test_retries(tmp_path):
