@@ -66,6 +66,7 @@ from thinksafe import (
     write_atomic,
 )
 from tiny import world
+from train import model_card
 
 BENCHMARK = re.compile(r"[\w-]+(=.+)?")    # a benchmark's name, or NAME=FILE; anything else is a file of evaluation rows
 SAFETY = ("harm_harmbench", "harm_strongreject", "harm_wildjailbreak", "over_refusal")    # what the safety score is the mean of
@@ -512,6 +513,8 @@ def main():
              "samples and tokens": spend}
     report = {"judge": judge, "guard": guard, "prompts": asked, **figures, "paper": paper}
     write_atomic(args.out / "eval.json", json.dumps(report, indent=1))
+    if args.model is None:                                                # the model card shows the results
+        write_atomic(args.out / "model" / "README.md", model_card(args.out))
     stage.finish(f"compared {len(rows)} prompts before and after", args.out / "eval.json",
                  f"open {args.out}/report.html", rows=len(traces), **summary)
     write_report(args.out)
