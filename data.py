@@ -73,6 +73,8 @@ SETS = {
               "safechain-subset/train.jsonl", None),                  # 5,856, mostly SafeChain's; Apache-2.0
     "wildjailbreak": ("allenai/wildjailbreak:train", None),           # 261,559; ODC-BY, gated
     "star1": ("UCSC-VLAA/STAR-1", "vanilla_harmful"),                 # 1,000; Apache-2.0
+    "safekey": (f"{GITHUB}/eric-ai-lab/SafeKey/b8327f4aab786065e427c61cbaacb54056a5b1e5/data/train/sft_mix_2k.json",
+                "vanilla_harmful"),                                   # STAR-1 and benign ones; no licence
     "directrefusal": ("TianshengHuang/DirectRefusal", "vanilla_harmful"),     # 1,000; Apache-2.0
     **{name: (EVAL_SETS[name].source, EVAL_SETS[name].label) for name in ("harmbench", "strongreject", "xstest")},
     **{f"thinksafe-{student}{guard}".lower(): (f"Seanie-lee/ThinkSafe-{student}{guard}", None)        # the authors' traces
@@ -287,7 +289,7 @@ def _ours(row, label, where):
             response = "<think>\n" + response
     if not {"instruction", "prompt_label"} <= row.keys():
         row = {"instruction": _prompt(row, where), "prompt_label": _label(row, label, where),
-               **{key: row[key] for key in ("id", "source") if key in row}}
+               **{key: row[key] for key in ("id", "source", "summary_end_idx", "next_sentence_end_idx") if key in row}}
     check_row(row, where)
     if not _has(row, "id"):
         row = {key: row[key] for key in row if key != "id"}

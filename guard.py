@@ -306,11 +306,12 @@ def main():
         identity.append({"guard": model_hash(folder), "name": name, "question": form.question,
                          "template": None if form.raw else template_hash(tokenizer)})
     tokenizer = load_tokenizer(find_model(sampled["model"]))
+    n = sampled["identity"]["n"]                               # traces per prompt; those after the n-th are retries
     start_again = not (args.out / "guarded.jsonl").exists()
     stage = Stage("guard", args, {
         **(identity[0] if len(names) == 1 else {"guards": identity}), "threshold": args.threshold, "keep": args.keep,
-        "dtype": str(dtype), "quantize": args.quantize, "samples": content_id(json.dumps(rows))}, "guarded.jsonl",
-        guard=names[0], guards=names)
+        "dtype": str(dtype), "quantize": args.quantize,
+        "samples": content_id(json.dumps([row for row in rows if row["k"] < n]))}, "guarded.jsonl", guard=names[0], guards=names)
     writer = RowWriter(args.out / "guarded.jsonl")
     for i, row in enumerate(writer.rows, 1):
         check_trace(row, f"{writer.path}:{i}")
@@ -356,7 +357,7 @@ def main():
                                             "guard": " + ".join(names), "reason": v.reason, **more}
                 for traces in group:
                     mine = [judged[row_key(row)] for row in traces]
-                    agreed = len(mine) == sampled["identity"]["n"] and all(row["response_label"] == "safe" for row in mine)
+                    agreed = len(mine) == n and all(row["response_label"] == "safe" for row in mine)
                     for j, row in enumerate(mine):
                         row["keep"] = agreed and j == 0 if args.keep == "unanimous" else row["response_label"] == "safe"
                 writer.write(*(judged[row_key(row)] for row in new))
@@ -367,6 +368,7 @@ def main():
     labels = Counter(row["response_label"] for row in done)
     why = Counter(row["reason"] for row in done if row["reason"])
     kept = Counter(row["prompt_label"] for row in done if row["keep"])
+    retried = sum(row["keep"] for row in done if row["k"] >= n)
     several = {}
     if len(names) > 1:
         several = {"agreed": sum(len({v["label"] for v in row["verdicts"].values()}) == 1 for row in done),
@@ -374,9 +376,10 @@ def main():
     stage.finish(f"judged {len(done)} traces with {' + '.join(names)}: "
                  + ", ".join(f"{n} {label}" for label, n in sorted(labels.items())) + f"; kept {kept.total()}"
                  + "".join(f"; {n} {reason}" for reason, n in sorted(why.items()))
+                 + (f"; {retried} of those kept are retries: seldom safe prompts weigh more by them" if retried else "")
                  + (f"; they agree on {several['agreed']}" if several else ""),
                  args.out / "guarded.jsonl", f"python train.py --out {args.out}", rows=len(done), **dict(sorted(labels.items())),
-                 kept=dict(sorted(kept.items())), unknown_because=dict(sorted(why.items())), **several)
+                 kept=dict(sorted(kept.items())), kept_retries=retried, unknown_because=dict(sorted(why.items())), **several)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,25 @@ out/guarded.jsonl -> the student fine-tuned on (original prompt -> own safe trac
     python train.py                        # LoRA; the paper's recipe, or the tiny world's for the tiny student
     python train.py --kl                   # forward KL to the frozen student on benign rows, instead of cross-entropy
     python train.py --full                 # all weights
+    python train.py --online grpo          # on rollouts made for every step: grpo, opd --teacher MODEL, opsa; see online.py
     python train.py --quantize nf4         # QLoRA: LoRA on a base in 4 bits
     python train.py --dry-run              # configuration, memory plan and one example; writes nothing
     python train.py --export trl           # the rows as TRL's SFTTrainer wants them, out/trl.jsonl; no training
     python train.py --data star1           # other rows: a set of data.py, a file, or a data set of the hub
+    python train.py --strip-cot harmful    # refusals without their reasoning
+    python train.py --primer --data safechain --limit 400 --epochs 4        # SafePath: the opening words alone
+    python train.py --safekey --data safekey --epochs 5                     # SafeKey: two more losses
 
 Rows are packed without padding and do not see each other. The loss of a step is summed over its target
 tokens and divided by their number, however many passes it took: packing changes speed, not the loss (up to
 rounding, and to which dropout mask a pass draws).
 """
+import bisect
+import functools
 import itertools
 import json
 import math
+import random
 import re
 import struct
 import sys
@@ -24,11 +31,15 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from data import EVAL_SETS, VERSIONS, label_counts, overlap, training_rows
+from data import EVAL_SETS, VERSIONS, label_counts, overlap, prompt_rows, training_rows
 from kernels.ce_kl import CPU_ROWS, GPU_BUFFER, ce_kl_loss
+from kernels.reverse_kl import reverse_kl_loss
+from online import COSTS, RECIPE, Online, add_online_flags, as_teacher_sees, check_flags
+from sample import add_sampling_flags
 from thinksafe import (
     LABELS,
     TINY,
@@ -65,7 +76,6 @@ from thinksafe import (
     save_decoder,
     save_lora,
     save_state,
-    seed_value,
     split_packs,
     stage_seed,
     template_hash,
@@ -77,34 +87,77 @@ PAPER = {"lr": 1e-5, "epochs": 3, "batch_size": 8, "max_length": 16384, "lora_r"
          "lora_dropout": 0.05, "lora_targets": "q_proj,v_proj"}
 TINY_RECIPE = {**PAPER, "lr": 2e-4, "batch_size": 16, "max_length": 2048, "lora_dropout": 0.0,
                "lora_targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"}
+PRIMER = "Let's think about safety first."                             # SafePath's
+SAFEKEY_WEIGHT, SAFEKEY_EPOCHS = 0.2, 2                                # of each of its losses; in the last so many epochs
+SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
 
 
-def encode_rows(rows, tokenizer, max_length):
-    """-> ([{id, ids, n_prompt, benign}], Counter of what was left out and why).
+def key_sentence(row, response, ids, tokenizer):
+    """Where in a response's ids SafeKey's key sentence stands, the first verdict on the prompt -> (start, end), or None.
+
+    What comes before is the model's understanding of the prompt. By the row's columns summary_end_idx and
+    next_sentence_end_idx, which count characters of row["response"]; else it is the second sentence of the reasoning."""
+    if "summary_end_idx" in row:
+        ends = [row["summary_end_idx"], row.get("next_sentence_end_idx")]
+        if not all(type(n) is int for n in ends) or not 0 < ends[0] < ends[1] <= len(row["response"]):
+            raise InputError(f"row {row['id']}: summary_end_idx {ends[0]!r}, next_sentence_end_idx {ends[1]!r} are no places in "
+                             f"its response of {len(row['response'])} characters; mend them, or leave both columns out")
+        ends = [n - (len(row["response"]) - len(response)) for n in ends]
+    else:
+        ends = [m.end() for m in SENTENCE_END.finditer(response.partition("</think>")[0])][:2]
+    if len(ends) < 2:
+        return None
+    ends[0] = len(response[:ends[0]].rstrip())                             # a word's first token holds the space before it
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    start, end = (bisect.bisect_left(range(len(ids) + 1), n, key=lambda k: len(decode(ids[:k]))) for n in ends)
+    return (start, end) if 0 < start < end <= len(ids) else None
+
+
+def encode_rows(rows, tokenizer, max_length, strip_cot=None, primer=None, safekey=False):
+    """-> ([{id, ids, n_prompt, label, benign}], Counter of what was left out and why).
 
     ids = prompt as the template renders it + response + eos. A template that opens <think> itself has it already,
-    so a response (of another tool) that starts with one loses it."""
+    so a response (of another tool) that starts with one loses it. strip_cot: "harmful" or "all" rows keep an empty
+    reasoning. primer: the response is <think> and these words, without an end; benign rows are left out.
+    safekey: items also get "key", the place in ids of `key_sentence`."""
     items, left_out = [], Counter()
     for row in rows:
+        benign = not is_harmful(row["prompt_label"])
+        if primer and benign:
+            left_out["benign"] += 1
+            continue
         label = row.get("response_label", "safe")
         if label != "safe" or row.get("keep", True) is not True:
             left_out[str(row.get("reason") or (label if label != "safe" else "not_kept"))] += 1
             continue
-        fault = fault_of(row["response"], row.get("finish_reason", "stop"), tokenizer)
+        response = f"<think>\n{primer}" if primer else row["response"]
+        fault = None if primer else fault_of(response, row.get("finish_reason", "stop"), tokenizer)
         if fault:
             left_out[fault] += 1
             continue
-        response = row["response"]
+        if "</think>" in response and (strip_cot == "all" or strip_cot == "harmful" and not benign):
+            response = "<think>\n\n</think>\n\n" + response.rpartition("</think>")[2].lstrip()
         if opens_think(tokenizer):
-            response = response.removeprefix("<think>").lstrip("\n")
-        prompt = encode_prompt(tokenizer, row["instruction"])
-        ids = prompt + encode_response(tokenizer, response) + [tokenizer.eos_token_id]
-        if len(ids) > max_length:
+            response = response.removeprefix("<think>").removeprefix("\n")
+        prompt, ids = encode_prompt(tokenizer, row["instruction"]), encode_response(tokenizer, response)
+        item = {"id": row["id"], "ids": prompt + ids + ([] if primer else [tokenizer.eos_token_id]), "n_prompt": len(prompt),
+                "label": row["prompt_label"], "benign": benign}
+        if len(item["ids"]) > max_length:
             left_out["too_long"] += 1
             continue
-        items.append({"id": row["id"], "ids": ids, "n_prompt": len(prompt), "label": row["prompt_label"],
-                      "benign": not is_harmful(row["prompt_label"])})
+        if safekey and (key := key_sentence(row, response, ids, tokenizer)):
+            item["key"] = [len(prompt) + k for k in key]
+        items.append(item)
     return items, left_out
+
+
+def balanced(items, n, seed):
+    """n of the items, drawn with the seed, equally many of each label as far as there are."""
+    seen, ranked = Counter(), []
+    for item in random.Random(seed).sample(items, len(items)):
+        seen[item["label"]] += 1
+        ranked.append((seen[item["label"]], item))
+    return [item for _, item in sorted(ranked, key=lambda pair: pair[0])[:n]]
 
 
 def length(item):
@@ -166,19 +219,60 @@ def target_states(model, items, mixed=False):
     return hidden.bfloat16() if mixed else hidden, tokens[where + 1]
 
 
-def pass_loss(model, items, reference=None, ref_head=None, mixed=False):
-    """Loss of one packed pass, summed over its target tokens -> (loss with gradient, cross-entropy part, KL part), scalars.
+def pass_loss(model, items, reference=None, ref_head=None, mixed=False, temperature=1.0):
+    """Loss of one packed pass, summed over its target tokens -> (loss with gradient, its cross-entropy part, and without their
+    weights KL and reverse KL), scalars. Per target token, with p of softmax(logits / temperature),
 
-    reference: None, or f(benign items) -> hidden states (M, D) of the frozen student at their targets: benign rows then
-    get KL to it instead of cross-entropy. ref_head: its head, if the student's own is trained. mixed: as in `target_states`."""
+        w * -log p(target)  +  kl * KL(reference || p)  +  reverse_kl * KL(p || reference)
+
+    An item has these weights as a number or one for each target; without, they are 1, 0, 0, or 0, 1, 0 if it is benign and
+    there is a reference. A token with a kl has no w.
+    reference: None, or f(items that have a KL) -> hidden states (M, D) of the frozen student, or of a teacher, at their
+    targets. ref_head: its head, if it is not the student's frozen one. mixed: as in `target_states`."""
     hidden, targets = target_states(model, items, mixed)
-    by_kl = [item["benign"] and reference is not None for item in items for _ in item["ids"][item["n_prompt"]:]]
-    by_kl, ref_hidden = torch.tensor(by_kl, device=hidden.device), None
-    if by_kl.any():
-        ref = reference([item for item in items if item["benign"]]).to(hidden)
-        ref_hidden = torch.zeros_like(hidden).index_put((by_kl,), ref)
-    loss = ce_kl_loss(hidden, model.head.to(hidden.dtype), targets, (~by_kl).float(), ref_hidden, by_kl.float(), ref_head)
-    return loss.sum(), loss.detach()[~by_kl].sum(), loss.detach()[by_kl].sum()
+    if temperature != 1:
+        hidden = hidden / temperature
+    weights = []                                                           # of each item (3, n)
+    for item in items:
+        by_kl = item["benign"] and reference is not None
+        own = (item.get(key, usual) for key, usual in (("w", not by_kl), ("kl", by_kl), ("reverse_kl", 0)))
+        weights.append(torch.stack([torch.as_tensor(x).float().expand(length(item) - item["n_prompt"]) for x in own]))
+    asked = [item for item, x in zip(items, weights) if x[1:].any()]
+    by_ref = torch.cat([x[1:].any().expand(x.shape[1]) for x in weights]).to(hidden.device)
+    weights = torch.cat(weights, 1)
+    any_kl, any_reverse = weights[1:].any(1).tolist()
+    w, kl, reverse = weights.to(hidden.device)
+    head, ref_hidden, back = model.head.to(hidden.dtype), None, torch.zeros_like(w)
+    if asked:
+        ref = reference(asked).to(hidden)
+    if any_kl:
+        ref_hidden = torch.zeros_like(hidden).index_put((by_ref,), ref)
+    if any_reverse:
+        back[by_ref] = reverse_kl_loss(hidden[by_ref], head, ref, head if ref_head is None else ref_head)
+    loss = ce_kl_loss(hidden, head, targets, w, ref_hidden, kl, ref_head if any_kl else None)
+    by_kl, parts = kl != 0, loss.detach()
+    return (loss + reverse * back).sum(), parts[~by_kl].sum(), (parts / kl)[by_kl].sum(), back.detach().sum()
+
+
+def safekey_losses(model, heads, items, mixed=False):
+    """SafeKey's two losses (arXiv 2505.16186) on items with a "key" -> (summed over the key tokens, summed over the items).
+
+    Query-mask modelling: cross-entropy of the key sentence when nothing attends to the prompt. The prompt is left out:
+    rotary positions count only by their differences, so this is the same as keeping it in place and masked.
+    Dual-path head: two linear heads (D -> 1) tell a harmful prompt from the mean hidden state of the understanding, and of
+    all up to its end; the mean of their two cross-entropies."""
+    blind = [{"ids": item["ids"][item["n_prompt"]:item["key"][1]], "n_prompt": item["key"][0] - item["n_prompt"]}
+             for item in items]
+    hidden, targets = target_states(model, blind, mixed)
+    masked = ce_kl_loss(hidden, model.head.to(hidden.dtype), targets).sum()
+    tokens, cu = pack_ids([item["ids"][:item["key"][0]] for item in items], model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+        hidden = model(tokens, cu)
+    read = [h.float() for h in hidden.split(cu.diff().tolist())]
+    pooled = [h[item["n_prompt"]:].mean(0) for h, item in zip(read, items)], [h.mean(0) for h in read]
+    harmful = torch.tensor([[not item["benign"]] for item in items], device=hidden.device).float()
+    paths = [F.binary_cross_entropy_with_logits(head(torch.stack(h)), harmful, reduction="sum") for head, h in zip(heads, pooled)]
+    return masked, sum(paths) / 2
 
 
 def cached_reference(path, reference, items, pack_tokens, limit, identity):
@@ -349,7 +443,11 @@ def model_card(out):
     def table(*rows):
         return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
     base, source = name(train["model"]), f"`{name(train['arguments']['data'] or '')}`"
-    if train["arguments"]["data"] is None:
+    method, what = "ThinkSafe", "pairs of a prompt and a safe trace (arXiv 2601.23143)"
+    if recipe.get("online"):
+        method, what = recipe["online"].upper(), "its own rollouts"
+        source = f"prompts, {recipe['rollouts']} rollouts of each in every epoch"
+    elif train["arguments"]["data"] is None:
         source = (f"traces of `{name(run['sample']['model'])}` (refusal instruction: {run['sample']['identity']['steer']}), "
                   f"kept by {', '.join(f'`{name(guard)}`' for guard in run['guard']['guards'])}")
     left_out = ", ".join(f"{n} {why}" for why, n in train["left_out"].items()) or "none"
@@ -365,9 +463,9 @@ def model_card(out):
 pipeline_tag: text-generation
 tags: [thinksafe, safety]
 ---
-# {base}, fine-tuned with ThinkSafe
+# {base}, fine-tuned with {method}
 
-{"LoRA adapter for" if adapter else "Weights of"} `{base}`, trained on pairs of a prompt and a safe trace (arXiv 2601.23143).
+{"LoRA adapter for" if adapter else "Weights of"} `{base}`, trained on {what}.
 {f"With vLLM: `--enable-lora --max-lora-rank {recipe['lora_r']}`." if adapter else ""}
 
 ## Data
@@ -397,6 +495,14 @@ def main():
     p.add_argument("--data", help="rows to train on: star1, directrefusal, thinksafe-qwen3-0.6b, ...: a set of data.py; or a "
                    "file, URL or hub name as for sample.py --prompts (default: OUT/guarded.jsonl)")
     p.add_argument("--label", choices=LABELS, help="what prompts of --data are that have no label of their own")
+    p.add_argument("--limit", type=count, help="only so many rows, drawn with the seed, equally many of each prompt_label")
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("--strip-cot", choices=("harmful", "all"), help="train these rows to answer after an empty reasoning")
+    g.add_argument("--primer", nargs="?", const=PRIMER, help="SafePath: harmful prompts get <think> and these words as their "
+                   f"whole target, without an end; benign ones are left out; no responses are needed (without words: {PRIMER})")
+    g.add_argument("--safekey", action="store_true", help=f"SafeKey: {SAFEKEY_WEIGHT} of two more losses in the last "
+                   f"{SAFEKEY_EPOCHS} epochs: a key sentence without its prompt, harm told from hidden states; the sentence is "
+                   "where summary_end_idx and next_sentence_end_idx of the row say, else the second of the reasoning")
     p.add_argument("--kl", action="store_true", help="benign rows: forward KL to the frozen student instead of cross-entropy")
     p.add_argument("--full", action="store_true", help="train all weights instead of LoRA (in fp32, whatever --dtype says)")
     p.add_argument("--merge", action="store_true", help="write a merged model that transformers loads, instead of an adapter")
@@ -416,49 +522,76 @@ def main():
     p.add_argument("--save-every", type=count, default=50, help="optimizer steps between checkpoints")
     p.add_argument("--dry-run", action="store_true", help="show configuration, memory plan and one example; write nothing")
     p.add_argument("--export", choices=("trl",), help="write the rows for TRL's SFTTrainer, OUT/trl.jsonl, and stop")
-    p.add_argument("--seed", type=seed_value, help="of order, initial LoRA weights and dropout (default: that of sample.py)")
+    add_online_flags(p)
+    add_sampling_flags(p)
     args = p.parse_args()
 
+    check_flags(args)
     run = read_run(args.out)
-    if args.data is None and not run.get("guard", {}).get("finished"):
+    if args.online:
+        if args.prompts is None and not run.get("sample", {}).get("finished"):
+            raise InputError(f"{args.out}: sample.py has not finished there; run it first, or give prompts with --prompts FILE")
+    elif args.data is None and not run.get("guard", {}).get("finished"):
         raise InputError(f"{args.out}: guard.py has not finished there; run it first, or give rows with --data FILE")
     args.seed = stage_seed(args, run)
     if args.model is None and "sample" not in run:
         raise InputError(f"{args.out}: no sample.py run to take the model from; give --model")
     name = model_name(args.model or run["sample"]["model"])
-    recipe = dict(TINY_RECIPE if is_tiny(name) else PAPER)
+    recipe = {**(TINY_RECIPE if is_tiny(name) else PAPER), **RECIPE.get(args.online, {})}
     recipe |= {k: getattr(args, k) for k in recipe if getattr(args, k) is not None}
-    path = args.data or args.out / "guarded.jsonl"
-    rows = training_rows(path, args.label)
+    if args.online:
+        path = args.prompts or args.out / "samples.jsonl"
+    else:
+        path = args.data or args.out / "guarded.jsonl"
+    rows = (prompt_rows if args.online or args.primer else training_rows)(path, args.label)
     if args.quantize and args.full:
         raise InputError("--quantize keeps the weights as they are and --full trains them; leave one of them out")
+    if args.export and (args.primer or args.safekey):
+        raise InputError("--export is for plain training on whole responses; leave --primer and --safekey out")
     if args.cache_reference and not args.kl:
         raise InputError("--cache-reference keeps the reference of --kl, which is not asked for")
     dtype = torch.float32 if args.full else pick_dtype(args)               # bf16 weights would lose steps of 1e-5
     model, tokenizer = load_decoder(name, args.device, dtype, args.quantize)
     if lora_layers(model):
         raise InputError(f"{name} is an adapter; merge it first (train.py --merge), or train its base model")
-    items, left_out = encode_rows(rows, tokenizer, min(recipe["max_length"], model.config.max_position_embeddings))
+    online = Online(args, run, recipe, model, tokenizer) if args.online else None
+    if online:
+        items, left_out = online.encode(rows)
+    else:
+        items, left_out = encode_rows(rows, tokenizer, min(recipe["max_length"], model.config.max_position_embeddings),
+                                      args.strip_cot, args.primer, args.safekey)
     if not items:
         raise InputError(f"{path}: none of its {len(rows)} rows can be trained on ({dict(left_out)})")
+    if args.limit and args.limit < len(items):
+        left_out["not_drawn"] = len(items) - args.limit
+        items = balanced(items, args.limit, args.seed)
+    if args.safekey and not any("key" in item for item in items):
+        raise InputError(f"{path}: --safekey finds no row whose reasoning has two sentences")
     if args.export:
         args.out.mkdir(parents=True, exist_ok=True)
         return export_trl(args.out / "trl.jsonl", items, tokenizer)
     torch.manual_seed(args.seed)
-    frozen = model                                                         # LoRA: the model itself, switched off
+    frozen = online and online.teacher or model                            # LoRA: the model itself, switched off
     if args.full:
         model.requires_grad_(True)
         frozen = load_decoder(name, args.device, dtype)[0] if args.kl else model
     else:
         add_lora(model, recipe["lora_r"], recipe["lora_alpha"], recipe["lora_dropout"], recipe["lora_targets"].split(","))
     trainable = {n: q for n, q in model.named_parameters() if q.requires_grad}
+    if args.safekey:
+        heads = torch.nn.ModuleList(torch.nn.Linear(model.config.hidden_size, 1) for _ in range(2)).to(args.device)
+        trainable |= {f"safekey.{n}": q for n, q in heads.named_parameters()}
     optimizer = make_optimizer(args.optimizer, trainable.values(), recipe["lr"], args.weight_decay)
     identity = {"model": model.hash, "dtype": str(model.head.dtype), "template": template_hash(tokenizer),
-                "rows": content_id(json.dumps([(item["ids"], item["n_prompt"], item["benign"]) for item in items])),
+                "rows": content_id(json.dumps([[item[k] for k in ("ids", "n_prompt", "benign", "key") if k in item]
+                                               for item in items])),
                 **{k: v for k, v in recipe.items() if not (args.full and k.startswith("lora_"))},
-                **{k: getattr(args, k) for k in ("kl", "full", "warmup", "weight_decay", "clip", "optimizer", "seed")}}
+                **{k: getattr(args, k) for k in ("kl", "full", "warmup", "weight_decay", "clip", "optimizer", "seed",
+                                                 "strip_cot", "primer", "safekey")}}
     if args.kl:                                                            # read back or made again: the same up to rounding
         identity["cache_reference"] = args.cache_reference > 0
+    if online:
+        identity |= online.identity
     if not args.full and recipe["lora_dropout"]:                           # the masks are drawn pass by pass
         identity["pack_tokens"] = args.pack_tokens
     checkpoint, metrics = args.out / "checkpoint.safetensors", args.out / "metrics.jsonl"
@@ -473,14 +606,18 @@ def main():
     n_harmful = sum(not item["benign"] for item in items)
     print(f"train: {len(items)} rows ({n_harmful} harmful, {len(items) - n_harmful} benign), {len(steps)} steps, "
           f"{sum(q.numel() for q in trainable.values()):,} weights"
+          + (f", {sum('key' in item for item in items)} rows with a key sentence" if args.safekey else "")
           + "".join(f"; left out {n} {why}" for why, n in sorted(left_out.items())))
     model.train()
     mixed = args.full and model.device.type == "cuda"
     weights = stored_bytes(t for m in {model, frozen} for t in (*m.parameters(), *m.buffers()))
-    packs = (pack for step in steps for pack in split_packs([items[i] for i in step], length, args.pack_tokens))
-    largest = max(packs, key=lambda pack: sum(map(length, pack)))
+    if online:
+        largest = online.largest(items, recipe["batch_size"])
+    else:
+        packs = (pack for step in steps for pack in split_packs([items[i] for i in step], length, args.pack_tokens))
+        largest = max(packs, key=lambda pack: sum(map(length, pack)))
     plan = memory_plan(model, largest, [q.numel() for q in trainable.values()], args.optimizer,
-                       kept_bytes(model, largest, mixed), args.kl)
+                       kept_bytes(model, largest, mixed), args.kl or bool(online))
     model.recompute = choose_recompute(plan, weights, sum(map(length, largest)), free_bytes(model.device))
     if args.dry_run:
         return print(rendered(items[steps[0][0]], tokenizer))
@@ -497,10 +634,13 @@ def main():
     write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in old[:start]))
     log = RowWriter(metrics)
 
+    def student(items):
+        return target_states(model, items)[0]
+
     def reference(items):
-        with torch.no_grad(), lora_off(frozen):
-            return target_states(frozen, items, mixed)[0]
-    if not args.kl:
+        with torch.no_grad(), lora_off(model):                             # a teacher's own LoRA stays on
+            return target_states(frozen, list(map(as_teacher_sees, items)), mixed)[0]
+    if not (args.kl or online):
         reference = None
     elif args.cache_reference:
         reference = cached_reference(args.out / "reference.safetensors", reference, items, args.pack_tokens, args.cache_reference,
@@ -512,34 +652,50 @@ def main():
         torch.cuda.reset_peak_memory_stats(model.device)
     with tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=None) as bar:
         for step in range(start, len(steps)):
-            began, batch = time.time(), [items[i] for i in steps[step]]
+            began, batch, figures = time.time(), [items[i] for i in steps[step]], {}
+            if online:
+                batch, figures = online.step(batch, step, student, reference)
             torch.manual_seed(args.seed * 1_000_003 + step)                    # dropout belongs to the step: resuming is exact
             n_targets = sum(len(item["ids"]) - item["n_prompt"] for item in batch)
             lr = learning_rate(step, len(steps), recipe["lr"], args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            sums = torch.zeros(3, device=args.device)
+            sums, extra, training = torch.zeros(4, device=args.device), torch.zeros(2, device=args.device), time.time()
             for part in split_packs(batch, length, args.pack_tokens):
-                losses = pass_loss(model, part, reference, frozen.head if frozen is not model else None, mixed)
+                losses = pass_loss(model, part, reference, frozen.head if frozen is not model else None, mixed,
+                                   online.temperature if online else 1.0)
                 (losses[0] / n_targets).backward()
                 sums += torch.stack(losses).detach()
+            late = args.safekey and step * recipe["epochs"] // len(steps) >= recipe["epochs"] - SAFEKEY_EPOCHS
+            keyed = [item for item in batch if late and "key" in item]
+            n_key = sum(item["key"][1] - item["key"][0] for item in keyed)
+            for part in split_packs(keyed, length, args.pack_tokens):
+                losses = torch.stack(safekey_losses(model, heads, part, mixed)) / sums.new_tensor([n_key, len(keyed)])
+                (SAFEKEY_WEIGHT * losses.sum()).backward()
+                extra += losses.detach()
             norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.clip).item()
-            loss, ce, kl = (sums / n_targets).tolist()
+            loss, ce, kl, reverse_kl = (sums / n_targets).tolist()
+            masked_key, harm_head = extra.tolist()
+            loss += SAFEKEY_WEIGHT * (masked_key + harm_head)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before this step was taken. "
                                  f"Its rows: {', '.join(str(item['id']) for item in batch)}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             n_tokens = sum(len(item["ids"]) for item in batch)
+            if keyed:
+                figures |= {"masked_key": masked_key, "harm_head": harm_head}
+            if online:
+                figures = {"reverse_kl": reverse_kl, **figures, "train_s": round(time.time() - training, 3)}
             log.write({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
-                       "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began))})
+                       "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began)), **figures})
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / (time.time() - began):,.0f} tokens/s")
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
                 save(step + 1)
     if start < len(steps):
         save(len(steps))
-    if model.device.type == "cuda" and start < len(steps):
+    if model.device.type == "cuda" and start < len(steps) and not online:  # the sampler takes what is free
         need = weights + plan["recomputed" if model.recompute else "kept"]
         print(f"memory: {need / 1e9:.2f} GB planned, {torch.cuda.max_memory_allocated(model.device) / 1e9:.2f} GB seen")
     if not args.full and args.merge:
@@ -557,6 +713,8 @@ def main():
     done = read_rows(metrics)
     counts = {"rows": len(items), "steps": len(steps), "train_tokens": sum(r["tokens"] for r in done),
               "left_out": dict(sorted(left_out.items()))}
+    if online:
+        counts |= {name: round(sum(row.get(key, 0) for row in done), 2) for name, key in COSTS.items()}
     stage.save(labels=dict(sorted(Counter(item["label"] for item in items).items())), **counts)
     write_atomic(args.out / "model" / "README.md", model_card(args.out))
     stage.finish(f"trained {len(steps)} steps on {len(items)} rows, last loss {done[-1]['loss']:.4f}", args.out / "model",
