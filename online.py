@@ -15,7 +15,8 @@ student):
 
     w = (A + beta (r - 1)) / (tokens of the rollout * rollouts),      r = p_frozen / p of the sampled token
 
-As in TRL all probabilities of the loss are of softmax(logits / T), T that of sampling.
+As in TRL all probabilities of the loss are of softmax(logits / T), T that of sampling. (Later versions than the paper's 0.21
+multiply the k3 estimate by the ratio unless use_bias_correction_kl=False, which is another gradient.)
 """
 import contextlib
 import time
