@@ -167,7 +167,7 @@ class Online:
                 raise InputError("--online grpo is rewarded by a guard; name one with --guard (self is the frozen student)")
             if self.n < 2 or self.temperature == 0:
                 raise InputError("--online grpo compares the rollouts of a prompt: --rollouts 2 or more, --temperature above 0")
-            self.guard = load_guard(name, args.device, model.head.dtype, (model, tokenizer))
+            self.guard = load_guard(name, args.device, model.head.dtype, (model, tokenizer), args.quantize)
         self.identity = {"online": self.method, **self.sampling, "hints": self.hints,
                          "teacher": self.teacher and self.teacher.hash,
                          "guard": self.guard and [Path(name).name, self.guard.model.hash]}

@@ -253,6 +253,15 @@ def fault_of(response, finish_reason, tokenizer):
     return "unclosed_think" if never_closed or "<think>" in answer else None
 
 
+def wilson(hits, n):
+    """95% interval of a share, in percent (Wilson 1927: sane also at 0 and n)."""
+    if n == 0:
+        return 0.0, 100.0
+    z, p = 1.959964, hits / n
+    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
 # ---------------------------------------------------------------------------------------------
 # Run records: out/run.json
 
@@ -366,70 +375,85 @@ def control_tokens(tokenizer):
 @functools.lru_cache(maxsize=16)
 def _control_pattern(tokenizer):
     words = sorted(control_tokens(tokenizer), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, words)) or r"(?!)")
+    return re.compile(f"(?=({'|'.join(map(re.escape, words)) or '(?!)'}))")       # a lookahead finds overlapping ones too
+
+
+def encode_more(tokenizer, text):
+    """Token ids (list[int]) of plain text that goes on behind other text: SentencePiece marks the first word of a text as
+    if a space stood before it, which none does here, so the text is encoded behind a line end."""
+    lead, ids = (tokenizer.encode(t, add_special_tokens=False) for t in ("\n", "\n" + text))
+    return ids[len(lead):] if ids[:len(lead)] == lead else tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_parts(tokenizer, *parts):
+    """Token ids (list[int]) of the joined parts, by turns a template's text and somebody's, of which no control token comes.
+
+    Ordinary text is encoded in one go, as `apply_chat_template` does. A control token's string in somebody's text is cut
+    after its first character, so that it is encoded as the ordinary characters it consists of."""
+    control, encode = set(control_tokens(tokenizer).values()), functools.partial(tokenizer.encode, add_special_tokens=False)
+    template = [i for part in parts[::2] for i in encode(part) if i in control]
+    for cut in (lambda text: (), lambda text: [m.start() + 1 for m in _control_pattern(tokenizer).finditer(text)],
+                lambda text: range(1, len(text))):                       # the last for one that normalisation put together
+        pieces = [""]
+        for n, part in enumerate(parts):
+            cuts = [0, *(cut(part) if n % 2 else ()), len(part)]
+            pieces[-1] += part[:cuts[1]]
+            pieces += (part[a:b] for a, b in zip(cuts[1:], cuts[2:]))
+        ids = encode(pieces[0]) + [i for piece in pieces[1:] for i in encode_more(tokenizer, piece)]
+        if [i for i in ids if i in control] == template:
+            break
+    return ids
 
 
 def encode_text(tokenizer, text):
-    """Token ids (list[int]) of plain text. A control token's string in it is cut after its first
-    character and so encoded as the ordinary characters it consists of; decoding gives the text back."""
-    pattern = re.compile(f"(?=({_control_pattern(tokenizer).pattern}))")      # a lookahead finds overlapping ones too
-    cuts = [0, *(m.start() + 1 for m in pattern.finditer(text)), len(text)]
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    ids = [i for a, b in zip(cuts, cuts[1:]) if a < b for i in encode(text[a:b])]
-    if not set(control_tokens(tokenizer).values()).isdisjoint(ids):     # one that normalisation put together
-        ids = [i for c in text for i in encode(c)]
-    return ids
+    """Token ids (list[int]) of plain text, in which nothing is a control token."""
+    return encode_parts(tokenizer, "", text)
 
 
 def encode_response(tokenizer, text):
-    """Token ids of a response: plain text, in which only <think> and </think> are tokens. No eos."""
-    control = control_tokens(tokenizer)
-    ids = []
-    for part in re.split(r"(</?think>)", text):
-        ids += [control[part]] if part in ("<think>", "</think>") and part in control else encode_text(tokenizer, part)
-    return ids
+    """Token ids (list[int]) of a response: plain text, in which only <think> and </think> are tokens. No eos."""
+    return encode_parts(tokenizer, "", *re.split("(</?think>)", text))
 
 
 @functools.lru_cache(maxsize=16)
-def chat_frame(tokenizer, thinking=True):
-    """(head, tail, trims): the chat template's text before and after the user's, and whether it strips the latter.
+def chat_frame(tokenizer, thinking=True, turns=1):
+    """(parts, trims) of the chat template for a user's turn, or (turns=2) for that and the assistant's answer to it: its
+    text before, between and behind the two texts, and for each whether it strips it.
 
-    Raises InputError when the tokenizer has no chat template or it does not show the user's text once."""
+    Raises InputError when the tokenizer has no chat template or it does not show each text once."""
     if not tokenizer.chat_template:
         raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model")
-    mark = "\ue000user\ue000"
-    padded = f" \n{mark}\n "
-    try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": padded}], tokenize=False,
-                                             add_generation_prompt=True, enable_thinking=thinking,
-                                             date_string="26 Jul 2024")   # Llama 3.2's would otherwise say today's date
-    except Exception as e:                                                # jinja raises whatever the template wants
-        raise InputError(f"{tokenizer.name_or_path}: its chat template fails ({e})")
-    trims = padded not in text
-    parts = text.split(mark if trims else padded)
-    if len(parts) != 2:
-        raise InputError(f"{tokenizer.name_or_path}: its chat template does not show the user's text exactly once")
-    return parts[0], parts[1], trims
+    marks = ["\ue000user\ue000", "\ue000assistant\ue000"][:turns]
+    padded = [f" \n{mark}\n " for mark in marks]
+    for content in padded, [[{"type": "text", "text": t}] for t in padded]:     # Llama-Guard-3-1B shows what is in lists alone
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": role, "content": c} for role, c in zip(("user", "assistant"), content)], tokenize=False,
+                add_generation_prompt=True, enable_thinking=thinking,
+                date_string="26 Jul 2024")                                # Llama 3.2's would otherwise say today's date
+        except Exception as e:                                            # jinja raises whatever the template wants
+            raise InputError(f"{tokenizer.name_or_path}: its chat template fails ({e})")
+        if all(text.count(mark) == 1 for mark in marks):
+            trims = [t not in text for t in padded]
+            return re.split("|".join(m if trim else t for m, t, trim in zip(marks, padded, trims)), text), trims
+    raise InputError(f"{tokenizer.name_or_path}: its chat template does not show the text of each turn exactly once")
 
 
-def encode_prompt(tokenizer, text, thinking=True):
+def encode_prompt(tokenizer, text, thinking=True, answer=None):
     """Token ids (list[int]) of a one-turn chat with `text` as the user's message, up to where the response begins.
 
-    For ordinary text these are the ids of `apply_chat_template`: white space between the template's last
-    control token and the text is encoded together with the text, as there. thinking=False asks the
-    template for the form without reasoning (Qwen3); templates that do not know the word ignore it."""
-    head, tail, trims = chat_frame(tokenizer, thinking)
-    pattern = _control_pattern(tokenizer)
-    start = max((m.end() for m in pattern.finditer(head)), default=0)
-    end = next((m.start() for m in pattern.finditer(tail)), len(tail))
-    plain = head[start:] + (text.strip() if trims else text) + tail[:end]
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    return encode(head[:start]) + encode_text(tokenizer, plain) + encode(tail[end:])
+    For ordinary text these are the ids of `apply_chat_template`. thinking=False asks the template for the form without
+    reasoning (Qwen3); templates that do not know the word ignore it. answer: the assistant's turn after it, for the
+    template of a guard, which judges it."""
+    texts = [text] if answer is None else [text, answer]
+    parts, trims = chat_frame(tokenizer, thinking, len(texts))
+    texts = [t.strip() if trim else t for t, trim in zip(texts, trims)]
+    return encode_parts(tokenizer, *(part for pair in zip(parts, texts) for part in pair), parts[-1])
 
 
 def opens_think(tokenizer):
     """Whether the template itself opens <think> (R1 does, Qwen3 does not)."""
-    return chat_frame(tokenizer)[1].rstrip().endswith("<think>")
+    return chat_frame(tokenizer)[0][-1].rstrip().endswith("<think>")
 
 
 def has_think_tokens(tokenizer):
@@ -718,9 +742,12 @@ def find_model(name):
     if Path(name).is_absolute():
         return Path(name)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
                                       ignore_patterns=["*/*", "consolidated*"]))
+    except GatedRepoError:
+        raise InputError(f"{name}: gated; accept its licence on https://huggingface.co/{name}, then run: hf auth login")
     except Exception as e:
         raise InputError(f"{name}: no folder of that name here, and the hub did not give it ({type(e).__name__}: {e})")
 
@@ -846,11 +873,13 @@ def build_decoder(folder, device, dtype, quantize=None):
 
 def load_tokenizer(folder):
     """The tokenizer of a model folder (an adapter's: that of its base model); InputError if it cannot be loaded."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
     if (Path(folder) / "adapter_config.json").exists():
         folder = find_model(read_adapter(folder)["base_model_name_or_path"])
+    # tokenizer.json as it is: what a class of transformers makes of it depends on the version (R1's names LlamaTokenizer).
+    kind = PreTrainedTokenizerFast if (Path(folder) / "tokenizer.json").exists() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({e})")
 

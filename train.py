@@ -379,7 +379,7 @@ def model_card(out):
         source = f"prompts, {recipe['rollouts']} rollouts of each in every epoch"
     elif train["arguments"]["data"] is None:
         source = (f"traces of `{name(run['sample']['model'])}` (refusal instruction: {run['sample']['identity']['steer']}), "
-                  f"kept by the guard `{name(run['guard']['guard'])}`")
+                  f"kept by {', '.join(f'`{name(guard)}`' for guard in run['guard']['guards'])}")
     left_out = ", ".join(f"{n} {why}" for why, n in train["left_out"].items()) or "none"
     results = "None here yet."
     if (Path(out) / "eval.json").exists() and model_hash(folder) in json.dumps(run.get("eval", {}).get("identity")):

@@ -502,7 +502,8 @@ def test_model_card(tmp_path):
         assert line in card
     done = call("eval.py", "--out", out, "--limit", 2, "--max-new-tokens", 4)
     assert done.returncode == 0, done.stderr
-    assert "| over_refusal | " in model_card(out) and "None here yet" not in model_card(out)
+    card = (out / "model" / "README.md").read_text()
+    assert card == model_card(out) and "| over_refusal | " in card and "None here yet" not in card
     run = json.loads((out / "run.json").read_text())
     run["eval"]["identity"]["after"] = "another"
     (out / "run.json").write_text(json.dumps(run))
