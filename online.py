@@ -128,7 +128,7 @@ def token_logprobs(states, items, head, temperature, pack_tokens):
     out = []
     for part in split_packs(items, lambda item: len(item["ids"]), pack_tokens):
         tokens = [item["ids"][item["n_prompt"]:] for item in part]
-        hidden = states(part) / temperature
+        hidden = states(part) / temperature                                 # in bf16 rounded once more than the sampler's
         loss = ce_kl_loss(hidden, head.to(hidden.dtype), torch.tensor(sum(tokens, []), device=hidden.device))
         out += (-loss).cpu().split([len(t) for t in tokens])
     return out

@@ -2,6 +2,7 @@
 import json
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 import online
 from guard import Verdict
 from kernels.reverse_kl import reverse_kl_loss
-from online import BETA, WEIGHTS, advantages, as_teacher_sees, grpo_weights, judge, token_logprobs, well_formed
+from online import BETA, WEIGHTS, Online, advantages, as_teacher_sees, grpo_weights, judge, token_logprobs, well_formed
 from sample import Sampler
 from thinksafe import add_lora, load_decoder, lora_off, lora_tensors
 from train import pass_loss, target_states
@@ -282,6 +283,22 @@ def test_the_sampler_sees_what_the_optimizer_did_to_lora(folders, dtype):
     assert seen[0] == 0 and seen[1] > 1
 
 
+def test_draws_belong_to_seed_step_id_and_k(tiny):
+    """A prompt's rollouts of a step are the same in another batch, order and number of slots, and others in another step."""
+    args = SimpleNamespace(online="opsa", seed=3, slots=4, pack_tokens=1000, hint=None, temperature=None, top_p=None, top_k=None, max_new_tokens=40)
+    method = Online(args, {}, {"rollouts": 2, "max_length": 2048}, *tiny)
+    rows, _ = method.encode(rows_of(ROOT / "tiny" / "prompts.jsonl")[:4])
+
+    def texts(rows, step):
+        items = method.roll_out(rows, step)
+        assert [item["id"] for item in items] == [row["id"] for row in rows for _ in range(2)]
+        return {row["id"]: [item["ids"] for item in items if item["id"] == row["id"]] for row in rows}
+    first, other = texts(rows, 5), texts(rows, 6)
+    method.slots = 64
+    again = texts(rows[:0:-1], 5)
+    assert all(again[i] == first[i] and first[i][0] != first[i][1] for i in again) and first != other
+
+
 # ---------------------------------------------------------------------------------------------
 # The command
 
@@ -299,15 +316,16 @@ def flags_of(method, path, out):
     return ["--online", method, "--model", "tiny", "--prompts", path, "--out", out, "--max-new-tokens", 128, *METHODS[method]]
 
 
-@pytest.mark.parametrize("method, key, n", [("grpo", "reward", 36), ("opd", "reverse_kl", 48), ("opsa", "loss", 36)])
+@pytest.mark.parametrize("method, key, n", [("grpo", "reward", 24), ("opd", "reverse_kl", 48), ("opsa", "loss", 36)])
 def test_it_improves_what_it_aims_at(tmp_path, method, key, n):
     """First against last third of the steps. What it cost is in the record, and the adapter is one that others load."""
     out = tmp_path / "out"
     done = call("train.py", *flags_of(method, prompts(tmp_path / "prompts.jsonl", n), out), "--warmup", 0)
     assert done.returncode == 0, done.stderr
     steps = rows_of(out / "metrics.jsonl")
-    first, last = (sum(row[key] for row in part) / 3 for part in (steps[:3], steps[-3:]))
-    assert len(steps) >= 9 and (last > first + 0.15 if method == "grpo" else last < 0.6 * first)
+    n = len(steps) // 3
+    first, last = (sum(row[key] for row in part) / n for part in (steps[:n], steps[-n:]))
+    assert len(steps) >= 6 and (last > first + 0.15 if method == "grpo" else last < 0.6 * first)
     record = json.loads((out / "run.json").read_text())["train"]
     assert record["tokens"] == sum(row["generated"] for row in steps) > 0 and record["sample_seconds"] > 0 and record["train_seconds"] > 0
     assert (record["guard_tokens"] > 0) == (method == "grpo")
@@ -318,8 +336,7 @@ def test_it_improves_what_it_aims_at(tmp_path, method, key, n):
     assert f"fine-tuned with {method.upper()}" in (out / "model" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("method", ["grpo", "opsa"])
-def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, method):
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
     """Killed between checkpoints and run again: the same rollouts, metrics (time aside) and weights."""
     path = prompts(tmp_path / "prompts.jsonl", 8, "")
     common = ["--batch-size", 2, "--epochs", 2, "--lora-dropout", 0.1, "--rollouts", 2, "--save-every", 3, "--max-new-tokens", 32]
@@ -327,8 +344,8 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, method):
     def result(out):
         rows = [{k: v for k, v in row.items() if not k.endswith("_s") and k != "tokens_per_second"} for row in rows_of(out / "metrics.jsonl")]
         return rows, load_file(out / "model" / "adapter_model.safetensors")
-    assert call("train.py", *flags_of(method, path, tmp_path / "a"), *common).returncode == 0
-    flags = [*flags_of(method, path, tmp_path / "b"), *common]
+    assert call("train.py", *flags_of("grpo", path, tmp_path / "a"), *common).returncode == 0
+    flags = [*flags_of("grpo", path, tmp_path / "b"), *common]
     assert killed_at("train.py", flags, tmp_path / "b" / "metrics.jsonl", 4) == -signal.SIGKILL
     assert not (tmp_path / "b" / "model").exists()
     assert call("train.py", *flags).returncode == 0
