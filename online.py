@@ -15,7 +15,8 @@ student):
 
     w = (A + beta (r - 1)) / (tokens of the rollout * rollouts),      r = p_frozen / p of the sampled token
 
-As in TRL all probabilities of the loss are of softmax(logits / T), T that of sampling.
+As in TRL all probabilities of the loss are of softmax(logits / T), T that of sampling. (Later versions than the paper's 0.21
+multiply the k3 estimate by the ratio unless use_bias_correction_kl=False, which is another gradient.)
 """
 import contextlib
 import time
@@ -127,7 +128,7 @@ def token_logprobs(states, items, head, temperature, pack_tokens):
     out = []
     for part in split_packs(items, lambda item: len(item["ids"]), pack_tokens):
         tokens = [item["ids"][item["n_prompt"]:] for item in part]
-        hidden = states(part) / temperature
+        hidden = states(part) / temperature                                 # in bf16 rounded once more than the sampler's
         loss = ce_kl_loss(hidden, head.to(hidden.dtype), torch.tensor(sum(tokens, []), device=hidden.device))
         out += (-loss).cpu().split([len(t) for t in tokens])
     return out
@@ -166,7 +167,7 @@ class Online:
                 raise InputError("--online grpo is rewarded by a guard; name one with --guard (self is the frozen student)")
             if self.n < 2 or self.temperature == 0:
                 raise InputError("--online grpo compares the rollouts of a prompt: --rollouts 2 or more, --temperature above 0")
-            self.guard = load_guard(name, args.device, model.head.dtype, (model, tokenizer))
+            self.guard = load_guard(name, args.device, model.head.dtype, (model, tokenizer), args.quantize)
         self.identity = {"online": self.method, **self.sampling, "hints": self.hints,
                          "teacher": self.teacher and self.teacher.hash,
                          "guard": self.guard and [Path(name).name, self.guard.model.hash]}

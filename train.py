@@ -248,7 +248,8 @@ def pass_loss(model, items, reference=None, ref_head=None, mixed=False, temperat
     if any_kl:
         ref_hidden = torch.zeros_like(hidden).index_put((by_ref,), ref)
     if any_reverse:
-        back[by_ref] = reverse_kl_loss(hidden[by_ref], head, ref, head if ref_head is None else ref_head)
+        on = reverse != 0
+        back[on] = reverse_kl_loss(hidden[on], head, ref[on[by_ref]], head if ref_head is None else ref_head)
     loss = ce_kl_loss(hidden, head, targets, w, ref_hidden, kl, ref_head if any_kl else None)
     by_kl, parts = kl != 0, loss.detach()
     return (loss + reverse * back).sum(), parts[~by_kl].sum(), (parts / kl)[by_kl].sum(), back.detach().sum()
