@@ -534,7 +534,7 @@ def packed_attention(cu_seqlens):
     back = torch.cat([tokens[inside] for tokens, inside in groups]).argsort()
 
     def attend(layer, q, k, v):
-        flash = _flash(q.device.type) if q.dtype in (torch.bfloat16, torch.float16) else None
+        flash = _flash(q.device.type) if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 else None
         if flash:
             return flash(q, k, v, cu, max(lengths))
         outs = []
