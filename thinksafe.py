@@ -301,10 +301,13 @@ def stage_seed(args, run):
 def replacing(path):
     """Give a name beside to write to, then rename it to path: a reader sees the old file or the new one, never a part."""
     beside = Path(f"{path}.tmp")
-    yield beside
-    with open(beside, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    try:
+        yield beside
+        with open(beside, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:                                                              # a part of one would keep a full disk full
+        beside.unlink(missing_ok=True)
 
 
 def write_atomic(path, text):
