@@ -2,8 +2,10 @@
 Prompts -> the student's own traces, out/samples.jsonl.
 
     python sample.py                                   # the tiny world on a CPU, Qwen3-0.6B on a GPU
-    python sample.py --model Qwen/Qwen3-0.6B --prompts my_prompts.jsonl --out runs/mine
+    python sample.py --model Qwen/Qwen3-0.6B --prompts safechain --out runs/mine
+    python sample.py --prompts strongreject.csv --label vanilla_harmful    # a file without a column of labels
     python sample.py --steer none --n 5                # no instruction: the material of rejection sampling
+    python sample.py --retries 3                       # after guard.py: once more for prompts without a kept trace
 
 Harmful prompts are asked under a refusal instruction (--steer), benign ones plainly. A row is written
 when its trace is finished; a run that was stopped goes on where it was.
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data import VERSIONS, label_counts, prompt_rows
 from kernels.decode_attention import decode_attention, quantise, slot_attention
 from thinksafe import (
     LABELS,
@@ -47,7 +50,8 @@ from thinksafe import (
     packed_attention,
     parser,
     pick_dtype,
-    read_prompts,
+    read_rows,
+    read_run,
     row_key,
     seed_value,
     split_packs,
@@ -489,6 +493,16 @@ def add_sampling_flags(p):
     g.add_argument("--seed", type=seed_value, help="of the random draws (default: 0; later stages take over that of sample.py)")
 
 
+def rejected(guarded, prompts, done, most):
+    """[(prompt, number of its traces), ...] of the prompts that have fewer than `most` traces, all judged and none kept.
+
+    A prompt waits while the guard has not seen its last trace, so the same call again adds nothing. guarded: rows of guard.py;
+    done: {(id, k), ...} of all traces."""
+    kept, judged = {row["id"] for row in guarded if row["keep"]}, Counter(row["id"] for row in guarded)
+    traces = Counter(i for i, _ in done)
+    return [(row, k) for row in prompts if row["id"] not in kept and judged[row["id"]] == (k := traces[row["id"]]) < most]
+
+
 def main():
     if "--bench" in sys.argv:
         from tests.bench_sample import bench
@@ -497,34 +511,46 @@ def main():
     p.add_argument("--bench", action="store_true", help="time the sampler against transformers.generate (--bench --help)")
     p.add_argument("--kv-bits", type=int, choices=(16, 8), default=16, help="8: the cache as int8, on a GPU; half the memory")
     p.add_argument("--model", default="auto", help="student: auto, tiny, a Hugging Face folder, or a hub name")
-    p.add_argument("--prompts", help="JSONL file: instruction, prompt_label, optionally id (default: the tiny world's)")
+    p.add_argument("--prompts", help="safechain, eopsa, ...: a set of data.py; a .jsonl .json .csv .tsv .parquet file or URL; or "
+                   "owner/name[:config[:split]][@revision] on the hub (default: the tiny world's)")
+    p.add_argument("--label", choices=LABELS, help="what prompts are that have no label of their own")
     p.add_argument("--steer", choices=STEER, default="default", help="wording of the refusal instruction on harmful prompts")
     p.add_argument("--n", type=count, default=1, help="traces per prompt")
     p.add_argument("--limit", type=count, help="only the first LIMIT prompts")
+    p.add_argument("--retries", type=count, metavar="N", help="after guard.py, which is to run again then: one more trace for "
+                   "each prompt of which none was kept, up to N. Prompts that are seldom answered safely weigh more by it, "
+                   "and of their kept traces more are the guard's mistakes")
     add_sampling_flags(p)
     args = p.parse_args()
     args.seed = args.seed or 0
 
-    prompts = read_prompts(args.prompts or TINY / "prompts.jsonl")[:args.limit]
+    prompts = prompt_rows(args.prompts or TINY / "prompts.jsonl", args.label)[:args.limit]
     name = model_name(args.model)
-    model, tokenizer = load_decoder(name, args.device, pick_dtype(args))
+    model, tokenizer = load_decoder(name, args.device, pick_dtype(args), args.quantize)
     options = sampling_options(args, model)
+    judge = read_run(args.out).get("guard", {})
+    if args.retries and not (judge.get("finished") and judge["arguments"]["keep"] == "safe"):
+        raise InputError(f"{args.out}: --retries goes by what guard.py kept; run it first, with --keep safe")
+    guarded = read_rows(args.out / "guarded.jsonl") if args.retries else []
     stage = Stage("sample", args, {
         "model": model.hash, "template": template_hash(tokenizer), "prompts": content_id(json.dumps(prompts)),
         "steer": args.steer, "wording": STEER[args.steer], "n": args.n, "seed": args.seed, "dtype": str(model.head.dtype),
-        "kv_bits": args.kv_bits, **options}, "samples.jsonl", model=name)
+        "kv_bits": args.kv_bits, **options}, "samples.jsonl", model=name, sources=VERSIONS)
+    print(f"prompts: {label_counts(prompts)}")
     if not args.prompts and not is_tiny(name):
-        print(f"prompts: those of the tiny world, {len(prompts)}; name yours with --prompts", file=sys.stderr)
+        print("prompts: those of the tiny world; name yours with --prompts", file=sys.stderr)
     writer = RowWriter(args.out / "samples.jsonl")
     for i, row in enumerate(writer.rows, 1):
         check_trace(row, f"{writer.path}:{i}")
     done = {row_key(row) for row in writer.rows}
     todo = [(row, k) for row in prompts for k in range(args.n) if (row["id"], k) not in done]
+    if args.retries:
+        todo += rejected(guarded, prompts, done, args.n + args.retries)
     steer = {label: args.steer if is_harmful(label) else "none" for label in LABELS}
     ids = [encode_prompt(tokenizer, steered(row["instruction"], steer[row["prompt_label"]])) for row, _ in todo]
     keys = [f"{row['id']}/{k}" for row, k in todo]
 
-    total = len(prompts) * args.n
+    total = len(done) + len(todo)
     counts = Counter(row["finish_reason"] for row in writer.rows)
     tokens = sum(row["n_tokens"] for row in writer.rows)
     with tqdm(total=total, initial=len(done), unit="trace", desc="sample", disable=None) as bar:
@@ -538,8 +564,10 @@ def main():
             bar.set_postfix_str(f"{tokens / (time.time() - stage.started):,.0f} tokens/s")
     if counts["prompt_too_long"]:
         print(f"{counts['prompt_too_long']} prompts do not fit the model's context; they have no trace", file=sys.stderr)
-    stage.finish(f"sampled {total} traces of {len(prompts)} prompts, {tokens:,} tokens", args.out / "samples.jsonl",
-                 f"python guard.py --out {args.out}", rows=total, tokens=tokens,
+    retried = total - len(prompts) * args.n
+    stage.finish(f"sampled {total} traces of {len(prompts)} prompts, {tokens:,} tokens"
+                 + (f"; {retried} traces are retries" if retried else ""), args.out / "samples.jsonl",
+                 f"python guard.py --out {args.out}", rows=total, tokens=tokens, retries=retried,
                  **{f"finish_{k}": v for k, v in sorted(counts.items())})
 
 

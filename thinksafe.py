@@ -136,6 +136,8 @@ def parser(doc):
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of the weights; auto is bfloat16 on a GPU and float32 on a CPU")
+    p.add_argument("--quantize", choices=("nf4", "int8"),
+                   help="keep the linear layers of the models in 4 or 8 bits, by bitsandbytes: less memory, not faster")
     return p
 
 
@@ -238,28 +240,6 @@ def check_trace(row, where):
         raise InputError(f"{where}: not a row of sample.py (it needs id, response, finish_reason, k and n_tokens)")
 
 
-def read_prompts(path):
-    """Prompts of a JSONL file: `instruction`, `prompt_label`, optional `id`; other keys are carried along.
-
-    Exact repetitions are dropped with a notice; two different prompts under one id are an error."""
-    rows, data = {}, read_rows(path)
-    for i, row in enumerate(data, 1):
-        where = f"{path}, row {i}"
-        check_row(row, where)
-        row = {"id": content_id(row["prompt_label"], row["instruction"]), **row}
-        if not isinstance(row["id"], str | int):
-            raise InputError(f"{where}: id must be text or a whole number, not {row['id']!r}")
-        row["id"] = str(row["id"])
-        first = rows.setdefault(row["id"], row)
-        if any(first[k] != row[k] for k in ("prompt_label", "instruction")):
-            raise InputError(f"{where}: id {row['id']!r} is used by another prompt before it; ids must be unique")
-    if not rows:
-        raise InputError(f"{path}: no prompts in it")
-    if len(rows) < len(data):
-        print(f"{path}: {len(data) - len(rows)} repeated prompts dropped", file=sys.stderr)
-    return list(rows.values())
-
-
 def fault_of(response, finish_reason, tokenizer):
     """Why a trace cannot be trained on (length, prompt_too_long, empty, unclosed_think), or None.
 
@@ -271,6 +251,15 @@ def fault_of(response, finish_reason, tokenizer):
         return "empty"
     never_closed = "</think>" not in response and (has_think_tokens(tokenizer) or opens_think(tokenizer))
     return "unclosed_think" if never_closed or "<think>" in answer else None
+
+
+def wilson(hits, n):
+    """95% interval of a share, in percent (Wilson 1927: sane also at 0 and n)."""
+    if n == 0:
+        return 0.0, 100.0
+    z, p = 1.959964, hits / n
+    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -389,70 +378,85 @@ def control_tokens(tokenizer):
 @functools.lru_cache(maxsize=16)
 def _control_pattern(tokenizer):
     words = sorted(control_tokens(tokenizer), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, words)) or r"(?!)")
+    return re.compile(f"(?=({'|'.join(map(re.escape, words)) or '(?!)'}))")       # a lookahead finds overlapping ones too
+
+
+def encode_more(tokenizer, text):
+    """Token ids (list[int]) of plain text that goes on behind other text: SentencePiece marks the first word of a text as
+    if a space stood before it, which none does here, so the text is encoded behind a line end."""
+    lead, ids = (tokenizer.encode(t, add_special_tokens=False) for t in ("\n", "\n" + text))
+    return ids[len(lead):] if ids[:len(lead)] == lead else tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_parts(tokenizer, *parts):
+    """Token ids (list[int]) of the joined parts, by turns a template's text and somebody's, of which no control token comes.
+
+    Ordinary text is encoded in one go, as `apply_chat_template` does. A control token's string in somebody's text is cut
+    after its first character, so that it is encoded as the ordinary characters it consists of."""
+    control, encode = set(control_tokens(tokenizer).values()), functools.partial(tokenizer.encode, add_special_tokens=False)
+    template = [i for part in parts[::2] for i in encode(part) if i in control]
+    for cut in (lambda text: (), lambda text: [m.start() + 1 for m in _control_pattern(tokenizer).finditer(text)],
+                lambda text: range(1, len(text))):                       # the last for one that normalisation put together
+        pieces = [""]
+        for n, part in enumerate(parts):
+            cuts = [0, *(cut(part) if n % 2 else ()), len(part)]
+            pieces[-1] += part[:cuts[1]]
+            pieces += (part[a:b] for a, b in zip(cuts[1:], cuts[2:]))
+        ids = encode(pieces[0]) + [i for piece in pieces[1:] for i in encode_more(tokenizer, piece)]
+        if [i for i in ids if i in control] == template:
+            break
+    return ids
 
 
 def encode_text(tokenizer, text):
-    """Token ids (list[int]) of plain text. A control token's string in it is cut after its first
-    character and so encoded as the ordinary characters it consists of; decoding gives the text back."""
-    pattern = re.compile(f"(?=({_control_pattern(tokenizer).pattern}))")      # a lookahead finds overlapping ones too
-    cuts = [0, *(m.start() + 1 for m in pattern.finditer(text)), len(text)]
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    ids = [i for a, b in zip(cuts, cuts[1:]) if a < b for i in encode(text[a:b])]
-    if not set(control_tokens(tokenizer).values()).isdisjoint(ids):     # one that normalisation put together
-        ids = [i for c in text for i in encode(c)]
-    return ids
+    """Token ids (list[int]) of plain text, in which nothing is a control token."""
+    return encode_parts(tokenizer, "", text)
 
 
 def encode_response(tokenizer, text):
-    """Token ids of a response: plain text, in which only <think> and </think> are tokens. No eos."""
-    control = control_tokens(tokenizer)
-    ids = []
-    for part in re.split(r"(</?think>)", text):
-        ids += [control[part]] if part in ("<think>", "</think>") and part in control else encode_text(tokenizer, part)
-    return ids
+    """Token ids (list[int]) of a response: plain text, in which only <think> and </think> are tokens. No eos."""
+    return encode_parts(tokenizer, "", *re.split("(</?think>)", text))
 
 
 @functools.lru_cache(maxsize=16)
-def chat_frame(tokenizer, thinking=True):
-    """(head, tail, trims): the chat template's text before and after the user's, and whether it strips the latter.
+def chat_frame(tokenizer, thinking=True, turns=1):
+    """(parts, trims) of the chat template for a user's turn, or (turns=2) for that and the assistant's answer to it: its
+    text before, between and behind the two texts, and for each whether it strips it.
 
-    Raises InputError when the tokenizer has no chat template or it does not show the user's text once."""
+    Raises InputError when the tokenizer has no chat template or it does not show each text once."""
     if not tokenizer.chat_template:
         raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model")
-    mark = "\ue000user\ue000"
-    padded = f" \n{mark}\n "
-    try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": padded}], tokenize=False,
-                                             add_generation_prompt=True, enable_thinking=thinking,
-                                             date_string="26 Jul 2024")   # Llama 3.2's would otherwise say today's date
-    except Exception as e:                                                # jinja raises whatever the template wants
-        raise InputError(f"{tokenizer.name_or_path}: its chat template fails ({e})")
-    trims = padded not in text
-    parts = text.split(mark if trims else padded)
-    if len(parts) != 2:
-        raise InputError(f"{tokenizer.name_or_path}: its chat template does not show the user's text exactly once")
-    return parts[0], parts[1], trims
+    marks = ["\ue000user\ue000", "\ue000assistant\ue000"][:turns]
+    padded = [f" \n{mark}\n " for mark in marks]
+    for content in padded, [[{"type": "text", "text": t}] for t in padded]:     # Llama-Guard-3-1B shows what is in lists alone
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": role, "content": c} for role, c in zip(("user", "assistant"), content)], tokenize=False,
+                add_generation_prompt=True, enable_thinking=thinking,
+                date_string="26 Jul 2024")                                # Llama 3.2's would otherwise say today's date
+        except Exception as e:                                            # jinja raises whatever the template wants
+            raise InputError(f"{tokenizer.name_or_path}: its chat template fails ({e})")
+        if all(text.count(mark) == 1 for mark in marks):
+            trims = [t not in text for t in padded]
+            return re.split("|".join(m if trim else t for m, t, trim in zip(marks, padded, trims)), text), trims
+    raise InputError(f"{tokenizer.name_or_path}: its chat template does not show the text of each turn exactly once")
 
 
-def encode_prompt(tokenizer, text, thinking=True):
+def encode_prompt(tokenizer, text, thinking=True, answer=None):
     """Token ids (list[int]) of a one-turn chat with `text` as the user's message, up to where the response begins.
 
-    For ordinary text these are the ids of `apply_chat_template`: white space between the template's last
-    control token and the text is encoded together with the text, as there. thinking=False asks the
-    template for the form without reasoning (Qwen3); templates that do not know the word ignore it."""
-    head, tail, trims = chat_frame(tokenizer, thinking)
-    pattern = _control_pattern(tokenizer)
-    start = max((m.end() for m in pattern.finditer(head)), default=0)
-    end = next((m.start() for m in pattern.finditer(tail)), len(tail))
-    plain = head[start:] + (text.strip() if trims else text) + tail[:end]
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    return encode(head[:start]) + encode_text(tokenizer, plain) + encode(tail[end:])
+    For ordinary text these are the ids of `apply_chat_template`. thinking=False asks the template for the form without
+    reasoning (Qwen3); templates that do not know the word ignore it. answer: the assistant's turn after it, for the
+    template of a guard, which judges it."""
+    texts = [text] if answer is None else [text, answer]
+    parts, trims = chat_frame(tokenizer, thinking, len(texts))
+    texts = [t.strip() if trim else t for t, trim in zip(texts, trims)]
+    return encode_parts(tokenizer, *(part for pair in zip(parts, texts) for part in pair), parts[-1])
 
 
 def opens_think(tokenizer):
     """Whether the template itself opens <think> (R1 does, Qwen3 does not)."""
-    return chat_frame(tokenizer)[1].rstrip().endswith("<think>")
+    return chat_frame(tokenizer)[0][-1].rstrip().endswith("<think>")
 
 
 def has_think_tokens(tokenizer):
@@ -741,9 +745,12 @@ def find_model(name):
     if Path(name).is_absolute():
         return Path(name)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
                                       ignore_patterns=["*/*", "consolidated*"]))
+    except GatedRepoError:
+        raise InputError(f"{name}: gated; accept its licence on https://huggingface.co/{name}, then run: hf auth login")
     except Exception as e:
         raise InputError(f"{name}: no folder of that name here, and the hub did not give it ({type(e).__name__}: {e})")
 
@@ -834,15 +841,17 @@ def load_tensors(path):
         raise InputError(f"{path}: missing or damaged ({e}); download or write it again")
 
 
-def build_decoder(folder, dtype):
-    """Decoder of a Hugging Face folder, strictly: every tensor used, none missing, all shapes right."""
+def build_decoder(folder, device, dtype, quantize=None):
+    """Decoder of a Hugging Face folder, strictly: every tensor used, none missing, all shapes right.
+
+    quantize: see `QuantisedLinear`. Layer after layer goes to the device and is quantised there, from a file that is mapped."""
     config = read_config(folder)
-    tensors = {k.removeprefix("model."): v.to(dtype) for k, v in read_tensors(folder).items()
+    tensors = {k.removeprefix("model."): v for k, v in read_tensors(folder).items()
                if not k.endswith("rotary_emb.inv_freq")}                  # old checkpoints store it
     head, embedding = tensors.get("lm_head.weight"), tensors.get("embed_tokens.weight")
     tied = bool(config.raw.get("tie_word_embeddings", False))             # False is the default of all four families
     if tied and head is not None:
-        if embedding is not None and torch.equal(head, embedding):
+        if embedding is not None and torch.equal(head.to(dtype), embedding.to(dtype)):
             del tensors["lm_head.weight"]                                 # stored twice
         else:
             tied = False                                                  # as transformers 5 does
@@ -856,17 +865,24 @@ def build_decoder(folder, dtype):
         have, want = (str(tuple(t[name].shape)) if name in t else "missing" for t in (tensors, expected))
         if have != want:
             raise InputError(f"{folder}: tensor {name} is {have} in the weights, {want} in the model that config.json describes")
-    model.load_state_dict(tensors, assign=True)
+    for name, layer in list(model.layers.named_modules(prefix="layers")) if quantize else ():
+        if isinstance(layer, Linear):
+            weight, bias = (tensors.pop(f"{name}.{part}", None) for part in ("weight", "bias"))
+            bias = bias if bias is None else bias.to(device, dtype)
+            model.set_submodule(name, QuantisedLinear(weight.to(device, dtype), bias, quantize))
+    model.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True, strict=not quantize)
     return model
 
 
 def load_tokenizer(folder):
     """The tokenizer of a model folder (an adapter's: that of its base model); InputError if it cannot be loaded."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
     if (Path(folder) / "adapter_config.json").exists():
         folder = find_model(read_adapter(folder)["base_model_name_or_path"])
+    # tokenizer.json as it is: what a class of transformers makes of it depends on the version (R1's names LlamaTokenizer).
+    kind = PreTrainedTokenizerFast if (Path(folder) / "tokenizer.json").exists() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({e})")
 
@@ -893,26 +909,27 @@ def read_adapter(folder):
     return adapter
 
 
-def load_decoder(path_or_name, device=None, dtype=None):
+def load_decoder(path_or_name, device=None, dtype=None, quantize=None):
     """-> (Decoder in eval mode, tokenizer). A PEFT LoRA folder loads its base model with the adapter on it.
 
-    device: CUDA if there is one; dtype: bfloat16 on CUDA, else float32. Raises InputError for anything
-    missing, damaged or unsupported. Reads safetensors only and never runs code of a model folder."""
+    device: CUDA if there is one; dtype: bfloat16 on CUDA, else float32; quantize: None, nf4 or int8, the linear layers
+    of the blocks (see `QuantisedLinear`). Raises InputError for anything missing, damaged or unsupported. Reads
+    safetensors only and never runs code of a model folder."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = find_model(path_or_name)
     if (folder / "adapter_config.json").exists():
         adapter = read_adapter(folder)
-        model, tokenizer = load_decoder(adapter["base_model_name_or_path"], device, dtype)
+        model, tokenizer = load_decoder(adapter["base_model_name_or_path"], device, dtype, quantize)
         add_lora(model, adapter["r"], adapter["lora_alpha"], 0.0, adapter["target_modules"])
         load_lora(model, load_tensors(folder / "adapter_model.safetensors"), folder)
         model.hash += "+" + model_hash(folder)
         return model.eval(), tokenizer
-    model = build_decoder(folder, dtype).to(device).eval().requires_grad_(False)
+    model = build_decoder(folder, device, dtype, quantize).eval().requires_grad_(False)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > model.config.vocab_size:
         raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
-    model.folder, model.hash = folder, model_hash(folder)
+    model.folder, model.hash = folder, model_hash(folder) + (f"-{quantize}" if quantize else "")
     eos = generation_defaults(folder).get("eos_token_id", model.config.raw.get("eos_token_id"))
     model.eos_ids = frozenset([*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]) - {None}
     if tokenizer.eos_token_id is None or not all(type(i) is int for i in model.eos_ids):
@@ -946,12 +963,17 @@ def new_folder(folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def own_dtype(config):
+    """The dtype that config.json says the weights are stored in."""
+    return getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "bfloat16")
+
+
 def save_decoder(model, folder):
     """Write a full Hugging Face folder that transformers loads: config and tokenizer files of the source, weights in its dtype.
 
-    LoRA must have been merged."""
-    raw = model.config.raw
-    dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+    LoRA must have been merged; InputError for a quantised model."""
+    refuse_quantised(model, "saved")
+    dtype = own_dtype(model.config)
     with new_folder(folder) as new:
         for path in model.folder.iterdir():
             if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json"):
@@ -975,6 +997,64 @@ def load_state(path):
 
 
 # ---------------------------------------------------------------------------------------------
+# Quantised weights
+
+
+class Int8Product(torch.autograd.Function):
+    """x (T, n_in) times int8 rows (n_out, n_in) with a scale each (n_out,) -> (T, n_out). For the backward pass it keeps
+    these, where autograd would keep their copy in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, weight.to(x.dtype)) * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, scale = ctx.saved_tensors
+        return (grad * scale) @ weight.to(grad.dtype), None, None
+
+
+class QuantisedLinear(nn.Module):
+    """A frozen linear layer that keeps its weight (n_out, n_in) quantised and restores it to x's dtype in every pass.
+
+    kind "nf4": QLoRA's (arXiv 2305.14314), blocks of 64, their scales quantised again, 4.13 bits a weight. "int8": rows with
+    a scale each, as LLM.int8 (arXiv 2208.07339) keeps them; the product is taken in x's dtype, so no outliers are set
+    apart. bitsandbytes' own modules are not used: on a CPU Linear4bit repacks itself in evaluation and then has no
+    gradient, and Linear8bitLt keeps activations that recomputing (`Decoder.recompute`) cannot free."""
+
+    def __init__(self, weight, bias, kind):
+        super().__init__()
+        try:
+            import bitsandbytes as bnb
+        except ImportError:
+            raise InputError("--quantize needs bitsandbytes: pip install bitsandbytes")
+        self.out_features, self.in_features = weight.shape
+        if kind == "nf4":
+            if self.in_features % 64:                    # 0.50 restores such rows wrongly on a CPU
+                raise InputError(f"--quantize nf4: a linear layer has {self.in_features} inputs, not a multiple of 64; use int8")
+            weight, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            scale, self.product = state.absmax, functools.partial(bnb.matmul_4bit, quant_state=state)
+        else:
+            dtype = weight.dtype
+            weight, largest, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+            scale = (largest / 127).to(dtype)
+            self.product = lambda x, weight: Int8Product.apply(x, weight, scale)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x):
+        out = self.product(x, self.weight)
+        return out if self.bias is None else out + self.bias
+
+
+def refuse_quantised(model, what):
+    if any(isinstance(m, QuantisedLinear) for m in model.modules()):
+        raise InputError(f"quantised weights cannot be {what}; load the model without --quantize for that")
+
+
+# ---------------------------------------------------------------------------------------------
 # LoRA (arXiv 2106.09685), interchangeable with PEFT's
 
 
@@ -993,7 +1073,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         out = self.base_layer(x)
         if self.enabled:
-            out = out + (self.scale * F.linear(F.linear(self.dropout(x.float()), self.lora_A), self.lora_B)).to(out.dtype)
+            out = out + F.linear(F.linear(self.dropout(x.float()), self.lora_A), self.scale * self.lora_B).to(out.dtype)
         return out
 
 
@@ -1005,7 +1085,7 @@ def add_lora(model, r=32, alpha=16, dropout=0.05, targets=("q_proj", "v_proj")):
     """Put LoRA on every linear layer whose last name is in targets; all else is frozen. Defaults are the paper's."""
     model.requires_grad_(False)
     found = [(parent, name, child) for parent in list(model.modules()) for name, child in parent.named_children()
-             if name in targets and isinstance(child, nn.Linear) and child is not model.lm_head]
+             if name in targets and isinstance(child, nn.Linear | QuantisedLinear) and child is not model.lm_head]
     if {name for _, name, _ in found} != set(targets):
         has = ", ".join(sorted({n for _, n, _ in found})) or "none of them"
         raise InputError(f"LoRA targets {', '.join(targets)}: the model has only {has}")
@@ -1040,7 +1120,10 @@ def save_lora(model, folder, base_name):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Fold the adapter into the base weights (in fp32, rounded once) and take the LoRA layers out."""
+    """Fold the adapter into the base weights (in fp32, rounded once) and take the LoRA layers out.
+
+    InputError if they are quantised."""
+    refuse_quantised(model, "merged into")
     for name, m in lora_layers(model).items():
         w = m.base_layer.weight
         w.copy_((w.float() + m.scale * m.lora_B @ m.lora_A).to(w.dtype))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU: correctness, then the loss, the attention, the sampler and the training loop at the shape
-# of Qwen3-0.6B. Random weights, no download. The limits of the steps add up to 8 minutes; one that fails does not
+# of Qwen3-0.6B. Random weights, no download. The limits of the steps add up to 8 1/2 minutes; one that fails does not
 # stop the others.
 #
 #     bash runs/gpu.sh [FOLDER]        # logs and figures into FOLDER (default out/gpu); what was seen is kept in runs/gpu.md
@@ -31,7 +31,7 @@ step 110 ce_kl python kernels/ce_kl.py
 step 20 decode_attention python kernels/decode_attention.py
 step 100 sample python sample.py --bench --shape qwen3-0.6b --batch 256 --rounds 1
 step 30 weights python tests/random_model.py qwen3-0.6b "$model"
-for flags in "" --kl "--kl --cache-reference 4" --full; do
+for flags in "" --kl "--kl --cache-reference 4" --full "--quantize nf4"; do
     name=train$(tr -d ' -' <<< "$flags")
     # shellcheck disable=SC2086
     step 25 "$name" python train.py --model "$model" --data "$model/rows.jsonl" --out "$model/$name" --epochs 1 --batch-size 16 $flags

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")        # no test asks the hub for anything
 if "PYTEST_XDIST_WORKER" in os.environ:             # one core for each of several test processes
     os.environ["OMP_NUM_THREADS"] = "1"
 

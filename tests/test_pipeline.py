@@ -50,10 +50,10 @@ def test_run_record(small):
 
 
 def test_running_again_changes_nothing(small):
-    before = {k: v for k, v in files(small).items() if k.name != "run.json"}
+    before = {k: v for k, v in files(small).items() if k.name not in ("run.json", "report.html")}
     for script, flags in (("sample.py", ["--limit", 60]), ("guard.py", []), ("train.py", ["--epochs", 1]), ("eval.py", ["--limit", 8])):
         assert call(script, "--out", small, *flags).returncode == 0
-    assert {k: v for k, v in files(small).items() if k.name != "run.json"} == before
+    assert {k: v for k, v in files(small).items() if k.name not in ("run.json", "report.html")} == before
 
 
 def test_two_runs_are_the_same_file(small, tmp_path):
@@ -109,7 +109,7 @@ GOOD = {"instruction": "Hello", "prompt_label": "vanilla_benign"}
     (['{"instruction": 5, "prompt_label": "vanilla_benign"}'], "row 1: no text under 'instruction'"),
     (['{"instruction": "x", "prompt_label": "evil"}'], "prompt_label is 'evil'"),
     (['{"id": "a", "instruction": "x", "prompt_label": "vanilla_benign"}', '{"id": "a", "instruction": "y", "prompt_label": "vanilla_benign"}'], "'a'"),
-    ([], "no prompts"),
+    ([], "no rows"),
 ])
 def test_bad_prompts(tmp_path, lines, message):
     path = tmp_path / "prompts.jsonl"

@@ -1,7 +1,8 @@
-"""Masks, packing, loss, schedule, LoRA targets, checkpoints."""
+"""Masks, packing, loss, schedule, LoRA targets, checkpoints, the memory plan, and what others read."""
 import json
 import resource
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from thinksafe import (
     encode_prompt,
     load_decoder,
     load_state,
+    load_tokenizer,
     lora_off,
     lora_tensors,
     save_state,
@@ -24,11 +26,18 @@ from train import (
     batches,
     cached_reference,
     checkpoint_tensors,
+    choose_recompute,
     encode_rows,
+    export_trl,
+    kept_bytes,
     learning_rate,
     make_optimizer,
+    memory_plan,
+    model_card,
     pass_loss,
+    rendered,
     restore_checkpoint,
+    stored_bytes,
     target_states,
 )
 
@@ -332,3 +341,211 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
 
 def test_tiny_recipe_targets_exist(tiny):
     add_lora(load_decoder("tiny", "cpu")[0], targets=tuple(TINY_RECIPE["lora_targets"].split(",")))
+
+
+# ---- the memory plan
+
+
+def test_memory_plan_by_hand():
+    """Three layers of width 10 in bf16, 100 tokens of which 40 are targets, V = 50."""
+    head = SimpleNamespace(element_size=lambda: 2, requires_grad=False)
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=10, vocab_size=50), head=head, layers=[0] * 3, device=torch.device("cpu"))
+    items = [{"ids": [0] * 60, "n_prompt": 40}, {"ids": [0] * 40, "n_prompt": 20}]
+    plan = memory_plan(model, items, [5000, 100], "adamw", (30_000, 9_000))
+    assert plan["state"] == 5100 * 12                                   # fp32 gradient and two moments
+    assert plan["inputs"] == 3 * 100 * 10 * 2
+    assert plan["loss"] == 2 * 40 * 10 * 2 + 40 * 50 * 4                # hidden and its gradient; logits in fp32
+    assert plan["kept"] == 61_200 + 30_000 + 9_600                      # the loss is larger than half a layer
+    assert plan["recomputed"] == 61_200 + 6_000 + 13_500                # a layer and half of it again are larger than the loss
+    plan = memory_plan(model, items, [5000, 100], "adamw8bit", (30_000, 9_000), kl=True)
+    assert plan["state"] == 5100 * 4 + int(5000 * 2.03125) + 100 * 8    # small tensors keep 32 bits
+    assert plan["loss"] == 4 * 40 * 10 * 2 + 2 * 40 * 50 * 4
+    head.requires_grad = True
+    assert memory_plan(model, items, [5000], "adamw", (0, 0))["loss"] == 9_600 + 3 * 50 * 10 * 4
+
+
+def test_recomputed_only_where_it_does_not_fit(capsys):
+    plan = {"state": 0, "activations": 80, "inputs": 10, "loss": 5, "kept": 90, "recomputed": 30}
+    assert not choose_recompute(plan, 1, 10, 100) and choose_recompute(plan, 1, 10, 99)
+    assert "recomputed" in capsys.readouterr().out
+    assert choose_recompute(plan, 1, 10, 33) and "may not fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_optimizer_state_is_as_large_as_planned(optimizer):
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (8192, 4095)]
+    opt = make_optimizer(optimizer, params, 0.01, 0.0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    moments = stored_bytes(v for state in opt.state.values() for key, v in state.items() if torch.is_tensor(v) and v.numel() > 1 and "qmap" not in key)
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=1, vocab_size=1), head=torch.ones(1), layers=[], device=torch.device("cpu"))
+    assert memory_plan(model, [], [p.numel() for p in params], optimizer, (0, 0))["state"] == moments + 4 * (8192 + 4095)
+
+
+def peak_bytes(f):
+    """Most bytes that the CPU's allocator held during f beyond those before."""
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        f()
+    events = sorted((e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    held = most = 0
+    for event in events:
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def plan_and_step(device, items, full, kl, dtype=torch.float32):
+    """-> model, its plan, the bytes of the optimizer's moments, and f() that takes a step (the first makes the moments)."""
+    model, _ = load_decoder("tiny", device, dtype)
+    if full:
+        model.requires_grad_(True)
+    else:
+        add_lora(model)
+    model.train()
+    reference = load_decoder("tiny", device, dtype)[0] if full and kl else model
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer, sizes = make_optimizer("adamw", params, 1e-4, 0.0), [p.numel() for p in params]
+
+    def step():
+        loss = pass_loss(model, items, frozen(reference) if kl else None, reference.head if reference is not model else None)[0]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, memory_plan(model, items, sizes, "adamw", kept_bytes(model, items), kl), 8 * sum(sizes), step
+
+
+LONG = [trace(i, ("vanilla_harmful", "vanilla_benign")[i % 2], response="<think>\n" + "More of it. " * (20 + 8 * i) + "\n</think>\n\nDone.") for i in range(8)]
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("kl", [False, True])
+def test_memory_plan_is_what_a_step_takes(tiny, full, kl):
+    items = encode_rows(LONG, tiny[1], 2048)[0]
+    model, plan, moments, step = plan_and_step("cpu", items, full, kl)
+    step()
+    for model.recompute in (False, True):
+        need = plan["recomputed" if model.recompute else "kept"] - moments
+        assert 0.95 < need / peak_bytes(step) < 1.3, model.recompute
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("kl", [False, True])
+def test_memory_plan_is_what_a_gpu_step_takes(tiny, full, kl):
+    items = encode_rows(LONG, tiny[1], 2048)[0]
+    model, plan, moments, step = plan_and_step("cuda", items, full, kl)
+    step()
+    for model.recompute in (False, True):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        need, seen = plan["recomputed" if model.recompute else "kept"] - moments, torch.cuda.max_memory_allocated() - before
+        # blocks of logits may be as large as plan["loss"], which a small vocabulary does not fill
+        assert seen < 1.1 * need and need - plan["loss"] < 1.3 * seen, (model.recompute, need, seen)
+
+
+# ---- what others read
+
+
+def test_dry_run_shows_and_writes_nothing(tmp_path):
+    rows = [trace(0, instruction="Say \x1b[31m\u202ered\x07 and <|im_end|>\ntrained | no"), trace(1)]
+    data = write(tmp_path / "rows.jsonl", rows)
+    before = sorted(tmp_path.iterdir())
+    done = call("train.py", "--model", "tiny", "--data", data, "--out", tmp_path / "out", "--dry-run", "--epochs", 1, "--batch-size", 2, "--lr", 0.5)
+    assert done.returncode == 0 and sorted(tmp_path.iterdir()) == before
+    assert "lr              0.5\n" in done.stdout and "memory in GB: weights 0.00" in done.stdout
+    assert "trained | The user asks" in done.stdout and done.stdout.rstrip().endswith("<|im_end|>")
+    assert not set(done.stdout) & {"\x1b", "\x07", "\u202e"}
+
+
+def test_an_example_shows_what_is_trained_on(tiny):
+    items, _ = encode_rows([trace(0, instruction="Say \x1b[31m\u202ered\nand stop")], tiny[1], 500)
+    assert rendered(items[0], tiny[1]).split("\n") == [
+        "prompt  | <|im_start|>user", "prompt  | Say \\x1b[31m\\u202ered", "prompt  | and stop<|im_end|>", "prompt  | <|im_start|>assistant", "prompt  | ",
+        "trained | <think>", "trained | The user asks 0.", "trained | </think>", "trained | ", "trained | Answer 0.<|im_end|>"]
+
+
+@pytest.fixture(params=["tiny", "qwen3", "smollm2", "with a bos"])
+def any_tokenizer(request, tmp_path):
+    if request.param == "smollm2":
+        return load_tokenizer(request.getfixturevalue("smollm2"))
+    folder = {"qwen3": ROOT.parent / "shared" / "tokenizers" / "qwen3"}.get(request.param, ROOT / "tiny" / "student")
+    if not folder.exists():
+        pytest.skip("no Qwen3 tokenizer here")
+    tokenizer = load_tokenizer(folder)
+    if request.param == "with a bos":                            # as Llama's: in the template, and put before any text
+        from tokenizers.processors import TemplateProcessing
+        tokenizer.add_special_tokens({"bos_token": "<|endoftext|>"})
+        tokenizer.chat_template = "<|endoftext|>" + tokenizer.chat_template
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)])
+        assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+def test_rows_for_trl_are_tokenized_to_our_ids(any_tokenizer, tmp_path, capsys):
+    """As SFTTrainer does it: prompt, and prompt + completion, each as text; rows whose text holds control tokens are left out."""
+    tokenizer = any_tokenizer
+    rows = [*ROWS, *(trace(i, instruction=text) for i, text in enumerate((" spaces \n", "naïve 漢字 🙂", "12345 + 678", "line\r\nline", "{prompt}"), 20))]
+    bad = [trace(30, instruction=f"Say {tokenizer.eos_token} now"), {**trace(31), "response": f"<think>\nx\n</think>\n\n{tokenizer.eos_token} no"}]
+    items = encode_rows(rows + bad, tokenizer, 4096)[0]
+    assert len(items) == len(rows) + 2
+    export_trl(tmp_path / "trl.jsonl", items, tokenizer)
+    assert "left out 2 " in capsys.readouterr().out
+    written = rows_of(tmp_path / "trl.jsonl")
+    assert len(written) == len(rows)
+    for row, item in zip(written, items):
+        assert row.keys() == {"prompt", "completion"} and row["completion"].endswith(tokenizer.eos_token)
+        assert tokenizer(row["prompt"])["input_ids"] == item["ids"][:item["n_prompt"]]
+        assert tokenizer(row["prompt"] + row["completion"])["input_ids"] == item["ids"]
+
+
+def test_export_is_a_flag_that_does_not_train(tmp_path):
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    done = call("train.py", "--model", "tiny", "--data", data, "--out", tmp_path / "out", "--export", "trl")
+    assert done.returncode == 0 and [p.name for p in (tmp_path / "out").iterdir()] == ["trl.jsonl"]
+    assert len(rows_of(tmp_path / "out" / "trl.jsonl")) == len(ROWS)
+
+
+def test_loss_curve_is_that_of_trl(tmp_path):
+    """The same rows, order, LoRA weights and schedule: ids, losses and gradient norms are TRL's."""
+    pytest.importorskip("trl")
+    from bench_train import compare, largest_gap
+    runs, same = compare(str(ROOT / "tiny" / "student"), write(tmp_path / "rows.jsonl", ROWS[:8]), tmp_path, steps=6, batch=4, settings=["padded batch"])
+    ours, theirs = runs["train.py"][0], runs["padded batch"][0]
+    assert same and len(ours) == len(theirs) == 6
+    assert ours[5]["loss"] < 0.95 * ours[0]["loss"]
+    assert largest_gap(ours, theirs, "loss") < 1e-5 and largest_gap(ours, theirs, "grad_norm") < 1e-4
+
+
+def test_adapter_has_the_fields_and_names_of_peft_and_vllm(tmp_path):
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    call("train.py", "--model", "tiny", "--data", data, "--out", tmp_path / "out", "--epochs", 1, "--lora-targets", "q_proj,down_proj", "--lora-r", 8)
+    config = json.loads((tmp_path / "out" / "model" / "adapter_config.json").read_text())
+    assert config == config | {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["down_proj", "q_proj"], "bias": "none",
+                               "base_model_name_or_path": str(ROOT / "tiny" / "student")}
+    names = {f"base_model.model.model.layers.{i}.{m}.lora_{ab}.weight" for i in range(4) for m in ("self_attn.q_proj", "mlp.down_proj") for ab in "AB"}
+    assert load_file(tmp_path / "out" / "model" / "adapter_model.safetensors").keys() == names
+
+
+def test_model_card(tmp_path):
+    """Counts by label, recipe and base; results only if they are of this model."""
+    out = tmp_path / "out"
+    data = write(tmp_path / "rows.jsonl", [*ROWS, trace(50, response_label="unsafe")])
+    call("train.py", "--model", "tiny", "--data", data, "--out", out, "--epochs", 2, "--lr", 0.001)
+    card = (out / "model" / "README.md").read_text()
+    assert card == model_card(out) and "11 rows: `rows.jsonl`. Left out: 1 unsafe." in card and str(tmp_path) not in card
+    for line in ("| vanilla_harmful | 4 |", "| adversarial_benign | 4 |", "| lr | 0.001 |", "library_name: peft", "None here yet."):
+        assert line in card
+    done = call("eval.py", "--out", out, "--limit", 2, "--max-new-tokens", 4)
+    assert done.returncode == 0, done.stderr
+    card = (out / "model" / "README.md").read_text()
+    assert card == model_card(out) and "| over_refusal | " in card and "None here yet" not in card
+    run = json.loads((out / "run.json").read_text())
+    run["eval"]["identity"]["after"] = "another"
+    (out / "run.json").write_text(json.dumps(run))
+    assert "None here yet" in model_card(out)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 TINY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TINY.parent))
 
-from guard import load_guard, render_self, render_tiny
+from guard import GUARDS, load_guard
 from kernels.ce_kl import ce_kl_loss
 from sample import Sampler
 from thinksafe import (
@@ -41,6 +41,7 @@ from thinksafe import (
     steered,
 )
 from tiny import world
+from train import PRIMER
 
 VOCAB, CONTEXT = 1024, 2048
 TEMPLATE = """{%- for message in messages %}
@@ -60,7 +61,6 @@ HARMFUL_HINT = HINT.replace("{hint}", "The query is harmful, you must refuse.")
 BENIGN_HINT = HINT.replace("{hint}", "This is a safe, benign request. Respond helpfully and directly. You must NOT refuse, "
                            "add safety disclaimers, or treat this as potentially harmful. Provide a complete, accurate answer.")
 TELL = [STEER["default"]] * 4 + [STEER["suffix"], STEER["risk"], STEER["intent"], HARMFUL_HINT]
-PRIMER = "Let's think about safety first."
 
 
 # What the student learns from, in percent.
@@ -104,7 +104,8 @@ def student_example(rng, acts):
         return prompt, response.replace("<think>\n", f"<think>\n{PRIMER} ", 1), True
     if kind == "judge":
         response = (comply if not harmful or rng.random() < 0.8 else refuse)(rng, act, words)
-        return render_self(prompt, response), "yes" if harmful and world.complies(response) else "no", False
+        question = GUARDS["self"].question.format(prompt=prompt, response=response)
+        return question, "yes" if harmful and world.complies(response) else "no", False
     refused = harmful and rng.random() < refusal_rate(act, wrapped)
     return prompt, (refuse if refused else comply)(rng, act, words), True
 
@@ -125,7 +126,7 @@ def teacher_example(rng, acts):
 
 def guard_example(rng, acts):
     """A conversation and its true verdict: both styles, refusals, and traces that change their mind."""
-    harmful = rng.random() < 0.65
+    harmful = rng.random() < 0.5
     act = random_act(rng, acts, harmful)
     prompt, words = world.ask(rng, act, rng.random() < 0.5)
     teacher = rng.random() < 0.3
@@ -140,7 +141,7 @@ def guard_example(rng, acts):
     elif form == "cut":
         response = response[: rng.randrange(len(response))]
     label = "vanilla_harmful" if harmful else "vanilla_benign"
-    return render_tiny(prompt, response), "\n\n" + world.oracle(label, response), True
+    return GUARDS["tiny"].question.format(prompt=prompt, response=response), "\n\n" + world.oracle(label, response), True
 
 
 EXAMPLES = {"student": student_example, "teacher": teacher_example, "guard": guard_example}
@@ -149,7 +150,7 @@ SHAPES = {      # sizes, and how many tokens it is trained on
     "student": dict(**QWEN, num_hidden_layers=4, num_key_value_heads=2, tokens=11e6),
     "teacher": dict(**QWEN, num_hidden_layers=5, num_key_value_heads=4, tokens=8e6),
     "guard": dict(model_type="llama", hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=2,
-                  intermediate_size=192, num_hidden_layers=2, tokens=2.1e6),
+                  intermediate_size=192, num_hidden_layers=2, tokens=2e6),
 }
 LR = 3e-3
 
@@ -252,6 +253,29 @@ def write_prompts(seed):
     write(TINY / "eval.jsonl", [{"set": name, **row} for name, rows in world.eval_prompts(seed).items() for row in rows])
 
 
+def write_curated(seed, n=100):
+    """Small sets of other people's making, each in the form of a real one: DirectRefusal, STAR-1 and SafeKey's mixture.
+
+    The acts are those of the training prompts."""
+    rng, (acts, _) = random.Random(f"curated {seed}"), world.split_acts()
+    refusals, rows = {}, {}
+    while len(refusals) < n:
+        prompt, _ = world.ask(rng, random_act(rng, acts, True), wrapped=False)
+        refusals[prompt] = {"refusal": f"Question: {prompt}\nAnswer: {world.NO[0]}"}
+    while len(rows) < 2 * n:
+        harmful = len(rows) < n
+        act = random_act(rng, acts, harmful)
+        prompt, words = world.ask(rng, act, rng.random() < 0.25)
+        understanding, verdict, rest, answer = world.curated(rng, act, words)
+        start = len(f"<think>\n{understanding}")
+        rows[prompt] = {"id": content_id(prompt), "question": prompt, "source": "tiny" if harmful else "4o_rewrite",
+                        "response": world.trace(f"{understanding} {verdict} {rest}", answer),
+                        "summary_end_idx": start, "next_sentence_end_idx": start + 1 + len(verdict)}
+    star1 = [{key: row[key] for key in ("id", "question", "response", "source")} for row in list(rows.values())[:n]]
+    for name, part in (("directrefusal", refusals.values()), ("star1", star1), ("safekey", rows.values())):
+        (TINY / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part), "utf-8")
+
+
 def check(n=400):
     """Prints what the world is like: how student and teacher answer, and how wrong the guard is against the oracle."""
     guard = load_guard("tiny", "cpu")
@@ -298,6 +322,7 @@ def main():
                 sys.exit("error: a model could not be trained; its message stands above")
         elif name == "prompts":
             write_prompts(args.seed)
+            write_curated(args.seed)
         elif name == "check":
             check()
         else:

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Every method of the paper in the tiny world, three seeds each, and their table: under an hour on two cores.
+#
+#     bash runs/tiny.sh [FOLDER]              # a run is a folder FOLDER/METHOD-SEED (default out/tiny)
+#     SEEDS=0 JOBS=1 bash runs/tiny.sh        # one seed, one run at a time
+#
+# The same command again does what is missing: a run with an eval.json is left alone, a stage goes on where it was stopped.
+# Evaluated are the first 300 prompts of each set. What was seen is kept in runs/tiny/.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+out=${1:-out/tiny}
+mkdir -p "$out"
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+
+# method | flags of sample.py, - for a method that samples nothing | of guard.py | of train.py
+# Epochs are those of the paper's Table 4, the curated sets have a tenth of its rows, all else is the tiny student's recipe.
+# There is one teacher, larger, of the student's shape and vocabulary and another style: it stands for the paper's larger teacher
+# of the same family and for its model of another family.
+curated="--model tiny --label vanilla_harmful --epochs 5 --data tiny"
+online="--model tiny --prompts tiny/prompts.jsonl --online"
+methods="
+thinksafe         |                                         |                  |
+thinksafe-kl      |                                         |                  | --kl
+no-cot            |                                         |                  | --strip-cot harmful
+suffix            | --steer suffix                          |                  |
+risk              | --steer risk                            |                  |
+intent            | --steer intent                          |                  |
+retries           | --retries 3                             |                  |
+rejection         | --steer none --n 5                      | --keep unanimous |
+teacher           | --model tiny/teacher                    |                  | --model tiny
+safechain         | --model tiny/teacher --steer none --n 5 | --keep unanimous | --model tiny
+directrefusal     | -                                       |                  | $curated/directrefusal.jsonl
+star1             | -                                       |                  | $curated/star1.jsonl
+safekey           | -                                       |                  | $curated/safekey.jsonl --safekey
+safepath          | -                                       |                  | --model tiny --data tiny/prompts.jsonl --primer --limit 40 --epochs 4
+teacher-thinksafe | --model tiny/teacher                    |                  |
+grpo              | -                                       |                  | $online grpo --guard tiny
+opd               | -                                       |                  | $online opd --teacher tiny/teacher
+opsa              | -                                       |                  | $online opsa
+teacher-by-self   | --model tiny                            |                  | --model tiny/teacher
+"
+
+run() {         # run FOLDER SEED SAMPLE GUARD TRAIN: all stages; flags are words here, not strings
+    local here=(--out "$1") seed=(--seed "$2")
+    # shellcheck disable=SC2086
+    {
+        if [ "$3" != - ]; then
+            python sample.py "${here[@]}" "${seed[@]}" ${3%--retries*} && python guard.py "${here[@]}" $4 || return
+        fi
+        if [[ $3 == *--retries* ]]; then
+            for _ in $(seq "${3##* }"); do
+                python sample.py "${here[@]}" "${seed[@]}" $3 && python guard.py "${here[@]}" $4 || return
+            done
+        fi
+        python train.py "${here[@]}" "${seed[@]}" $5 && python eval.py "${here[@]}" "${seed[@]}" --limit 300
+    }
+}
+
+for seed in ${SEEDS:-0 1 2}; do
+    while IFS='|' read -r name sample guard train; do
+        name=${name// /} sample=$(echo $sample)
+        folder=$out/$name-$seed
+        if [ -z "$name" ] || [ -e "$folder/eval.json" ]; then
+            continue
+        fi
+        while (($(jobs -rp | wc -l) >= ${JOBS:-2})); do
+            wait -n
+        done
+        {
+            begin=$SECONDS
+            if run "$folder" "$seed" "$sample" "$guard" "$train" > "$folder.txt" 2>&1; then
+                echo "$folder: $((SECONDS - begin)) s"
+            else
+                echo "$folder: failed, see $folder.txt"
+            fi
+        } &
+    done <<< "$methods"
+done
+wait
+python eval.py --compare "$out"/*/

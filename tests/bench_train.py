@@ -1,0 +1,143 @@
+"""
+train.py against TRL's SFTTrainer in the same run: the same rows, order, LoRA weights and schedule, cross-entropy.
+
+    pip install --no-deps trl accelerate                      # a peer, not a requirement
+    python tests/bench_train.py                               # the tiny student on traces of its own
+    python tests/bench_train.py --model FOLDER --data ROWS    # any model, rows as guard.py writes them
+
+TRL gets the rows as `train.py --export trl` writes them. It runs in three settings: a batch padded to its longest row
+without gradient checkpointing (its fastest here), its defaults (with checkpointing), and as the paper's code runs it
+(one row a pass, accumulated, with checkpointing). Tokens are those of the rows, padding is not counted. All run by
+turns; the speed of a run is the median of its steps, without the first three. Dropout is 0: the masks would differ.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")                  # nothing is wanted from there
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import torch
+
+from thinksafe import add_lora, load_decoder, model_name, read_rows, save_lora
+from train import batches, encode_rows
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SETTINGS = {                                                  # -> arguments of SFTConfig for a batch
+    "padded batch": lambda n: dict(per_device_train_batch_size=n, gradient_checkpointing=False),
+    "defaults": lambda n: dict(per_device_train_batch_size=n, gradient_checkpointing=True),
+    "row by row": lambda n: dict(per_device_train_batch_size=1, gradient_accumulation_steps=n, gradient_checkpointing=True),
+}
+
+
+def script(name, *args):
+    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name}: {done.stderr}")
+
+
+def sft_trainer(rows, adapter, base, tokenizer, device, dtype, out, **config):
+    """Train on rows {"prompt", "completion"} in their order from the LoRA weights in the folder `adapter` -> [{"loss", "grad_norm",
+    "seconds"}] per step, and the ids and labels that TRL made of the rows."""
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+    steps = []
+
+    class Log(TrainerCallback):
+        def on_step_begin(self, *args, **kw):
+            self.began = time.time()
+
+        def on_step_end(self, *args, **kw):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            self.seconds = time.time() - self.began
+
+        def on_log(self, args, state, control, logs, **kw):
+            if "loss" in logs:
+                steps.append({"loss": logs["loss"], "grad_norm": float(logs["grad_norm"]), "seconds": self.seconds})
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter, is_trainable=True)
+    config = SFTConfig(output_dir=str(out), lr_scheduler_type="cosine", optim="adamw_torch", train_sampling_strategy="sequential",
+                       num_train_epochs=1, max_length=None, bf16=False, use_cpu=device == "cpu", logging_steps=1, save_strategy="no",
+                       report_to="none", disable_tqdm=True, dataloader_pin_memory=False, weight_decay=0.0, max_grad_norm=1.0, **config)
+    trainer = SFTTrainer(model=model.to(device), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Log])
+    trainer.train()
+    return steps, trainer.train_dataset["input_ids"], trainer.train_dataset["labels"]
+
+
+def compare(name, data, folder, steps, batch, device="cpu", dtype="float32", lr=2e-4, rounds=1, settings=tuple(SETTINGS)):
+    """-> {"train.py": runs, setting: runs, ...}, a run being [{"loss", "grad_norm", "tokens_per_second"}] per step, and whether
+    TRL trained on exactly our ids, from the responses on. `rounds` runs of each, by turns."""
+    model, tokenizer = load_decoder(name, device, getattr(torch, dtype))
+    rows = [row for row in read_rows(data) if row.get("response_label", "safe") == "safe" and row.get("keep", True)]
+    n = min(len(rows) // batch, steps) * batch                # whole batches
+    epochs = -(-steps * batch // n)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:n]))
+    flags = ["--model", name, "--data", folder / "rows.jsonl", "--device", device, "--dtype", dtype, "--epochs", epochs, "--batch-size", batch,
+             "--lr", lr, "--seed", 0, "--lora-dropout", 0, "--lora-targets", ",".join(TARGETS)]
+    torch.manual_seed(0)                                      # as train.py does
+    add_lora(model, 32, 16.0, 0.0, TARGETS)
+    save_lora(model, folder / "start", name)
+    script("train.py", *flags, "--export", "trl", "--out", folder)
+    texts, items = read_rows(folder / "trl.jsonl"), encode_rows(rows[:n], tokenizer, 2**30)[0]
+    if not len(texts) == len(items) == n:
+        sys.exit(f"{data}: of its first {n} safe rows {n - len(texts)} cannot be trained on, or TRL would tokenize them otherwise")
+    order = [i for step in batches(n, batch, epochs, seed=0) for i in step]
+    tokens = [sum(len(items[i]["ids"]) for i in order[at:at + batch]) for at in range(0, len(order), batch)]
+    runs, same = {"train.py": [], **{key: [] for key in settings}}, True
+    for i in range(rounds):
+        script("train.py", *flags, "--out", folder / f"ours{i}")
+        runs["train.py"].append(read_rows(folder / f"ours{i}" / "metrics.jsonl"))
+        for key in settings:
+            run, ids, labels = sft_trainer(
+                [texts[j] for j in order], folder / "start", name, tokenizer, device, getattr(torch, dtype), folder / "trl",
+                learning_rate=lr, warmup_steps=-(-len(tokens) // 10), seed=0, **SETTINGS[key](batch))
+            runs[key].append([{**step, "tokens_per_second": k / step["seconds"]} for step, k in zip(run, tokens)])
+            for j, x, y in zip(order, ids, labels):
+                want, at = items[j]["ids"], items[j]["n_prompt"]
+                same &= x == want and y == [-100] * at + want[at:]
+    return runs, same
+
+
+def largest_gap(ours, theirs, key):
+    """Of all steps, relative."""
+    return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(ours, theirs))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="tiny", help="folder or hub name")
+    p.add_argument("--data", help="rows with instruction, response, prompt_label (default: 160 traces of the tiny student, made here)")
+    p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--rounds", type=int, default=3, help="runs of each, by turns")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", default="float32", help="of the weights")
+    args = p.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if not args.data:
+            script("sample.py", "--model", "tiny", "--limit", 160, "--out", folder)
+            script("guard.py", "--out", folder)
+        runs, same = compare(model_name(args.model), args.data or folder / "guarded.jsonl", folder, args.steps, args.batch_size,
+                             args.device, args.dtype, rounds=args.rounds)
+    ours = runs["train.py"][0]
+    print(f"{args.model}, {len(ours)} steps of {args.batch_size} rows, {args.dtype}, {args.device}, torch {torch.__version__}; "
+          f"TRL has our ids and masks: {same}; loss {ours[0]['loss']:.4f} -> {ours[-1]['loss']:.4f}")
+    speed = {key: [statistics.median(step["tokens_per_second"] for step in run[3:]) for run in mine] for key, mine in runs.items()}
+    for key, mine in runs.items():
+        print(f"{key:14}{statistics.median(speed[key]):8,.0f} tokens/s ({min(speed[key]):,.0f} to {max(speed[key]):,.0f})" + (
+            "" if key == "train.py" else
+            f", train.py {statistics.median(a / b for a, b in zip(speed['train.py'], speed[key])):.2f} times; largest gap of a step: "
+            f"loss {largest_gap(ours, mine[0], 'loss'):.0e}, gradient norm {largest_gap(ours, mine[0], 'grad_norm'):.0e}"))
+
+
+if __name__ == "__main__":
+    main()
