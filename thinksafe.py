@@ -290,10 +290,13 @@ def stage_seed(args, run):
 def replacing(path):
     """Give a name beside to write to, then rename it to path: a reader sees the old file or the new one, never a part."""
     beside = Path(f"{path}.tmp")
-    yield beside
-    with open(beside, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    try:
+        yield beside
+        with open(beside, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:                                                              # a part of one would keep a full disk full
+        beside.unlink(missing_ok=True)
 
 
 def write_atomic(path, text):
@@ -538,7 +541,7 @@ def packed_attention(cu_seqlens):
     back = torch.cat([tokens[inside] for tokens, inside in groups]).argsort()
 
     def attend(layer, q, k, v):
-        flash = _flash(q.device.type) if q.dtype in (torch.bfloat16, torch.float16) else None
+        flash = _flash(q.device.type) if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 else None
         if flash:
             return flash(q, k, v, cu, max(lengths))
         outs = []

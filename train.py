@@ -22,6 +22,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 import re
 import struct
@@ -280,7 +281,8 @@ def cached_reference(path, reference, items, pack_tokens, limit, identity):
     """Compute what `reference` says of every benign item once, into one file on disk -> a function like it that reads there.
 
     The hidden state is kept and not g = softmax(h W^T) W: at the same size its KL gradient is several times more exact
-    (`python kernels/ce_kl.py` measures it). limit: GB. Raises InputError for more than that, or a file of another run."""
+    (`python kernels/ce_kl.py` measures it). limit: GB. Raises InputError for more than that or than the disk has, or a file
+    of another run."""
     rows = [item for item in items if item["benign"]]
     if not rows:
         return reference
@@ -302,10 +304,14 @@ def cached_reference(path, reference, items, pack_tokens, limit, identity):
         header = json.dumps({"__metadata__": {"meta": json.dumps(identity)}, "hidden": {
             "dtype": dtype, "shape": [sum(n), first.shape[1]], "data_offsets": [0, size]}}).encode()
         header += b" " * (-len(header) % 8)
-        with replacing(path) as beside, open(beside, "wb") as f:
-            f.write(struct.pack("<Q", len(header)) + header)
-            for part in tqdm(split_packs(rows, length, pack_tokens), "reference", disable=None):
-                f.write(reference(part).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        try:
+            with replacing(path) as beside, open(beside, "wb") as f:
+                os.posix_fallocate(f.fileno(), 0, 8 + len(header) + size)  # a disk that is too small says so at once
+                f.write(struct.pack("<Q", len(header)) + header)
+                for part in tqdm(split_packs(rows, length, pack_tokens), "reference", disable=None):
+                    f.write(reference(part).cpu().contiguous().view(torch.uint8).numpy())
+        except OSError as e:
+            raise InputError(f"{path}: cannot be written ({e.strerror}); make room, or train without --cache-reference")
     hidden = safe_open(path, "pt").get_slice("hidden")
     for item, k, end in zip(rows, n, itertools.accumulate(n)):
         item["cached"] = slice(end - k, end)

@@ -24,8 +24,7 @@ log-softmax is ever stored. What makes it safe and exact:
       g(h) = (D + alpha E) / R_s                    g(h) - g(h_ref) = (D - (R_d / R_ref) E) / R_s
   so rounding is relative to the difference of the distributions (a shift of all logits, which KL does not see, is
   gone), and a student equal to its reference has d = 0: loss and gradient are exactly zero whatever the GEMMs do.
-  alpha is guessed from the target's two logits; rows where it was wrongly 1 (S_ref / S or the KL says so) are done
-  again with 0. A row wrongly given 0 is as exact as one far from its reference.
+  alpha is guessed from the target's two logits; a row for which S_ref / S and the KL say otherwise is done again.
 * Per-token gradients are kept in the forward pass and scaled by the incoming gradient in the backward pass. A
   trained head recomputes the logits there, with log S known, for dW = dz^T h, accumulated in fp32.
 * No atomics, int64 offsets, no clamping: nan and inf reach the loss and the gradient of their row.
@@ -41,7 +40,9 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,17 +65,17 @@ torch.zeros(1).exp()    # MKL chooses its accuracy in the first call, and two th
 
 IGNORE = -100           # targets with this value have no loss
 INTERPRET = False       # send CPU tensors through the kernel (needs TRITON_INTERPRET=1): tests and the bench below
-GPU_BUFFER = 700e6      # bytes of e in flight, and of the kept gradient: 2048 rows for 32k tokens, V = 151936, D = 1024
+GPU_BUFFER = 720e6      # bytes in flight and of the kept gradient: 2048 rows at a time for 32k tokens, V = 151936, D = 1024
 CPU_ROWS = 256          # rows of logits in flight on the CPU: enough for the GEMM, 156 MB at V = 151936
 MARGIN = 44.0           # nats, about 2^64: e W and its sums stay far below the largest bf16, 2^127
-FAR = 3.0               # with alpha = 1 the rounding of e grows with S_ref / S
+FAR, NEAR = 3.0, 0.1    # S_ref / S, with which the rounding of e grows if alpha is 1; nats, below which it should not be 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The plain definition, and the CPU path. Everything in fp32, one chunk of logits at a time.
 
-def _plain_dlogits(h, head, y, w, r, head_r, lam):
-    """h, r (C, D), head, head_r (V, D), y, w, lam (C,) -> loss (C,) and its gradient to the logits (C, V)."""
+def _plain_dlogits(head, head_r, h, y, w, r, lam):
+    """head, head_r (V, D), h, r (C, D), y, w, lam (C,) -> loss (C,) and its gradient to the logits (C, V)."""
     y = y[:, None]
     x = h @ head.T                                                        # (C, V); from here in place
     x -= x.amax(1, keepdim=True)
@@ -213,38 +214,39 @@ def _mm(a, b):
     return a.float() @ b.float()
 
 
-def _kernel_chunk(h, head, y, w, r, head_r, lam, want_grad, shift):
-    """-> loss (C,), gradient (C, D) fp32 or None, c, c_ref, log S, log S_ref (4, C), and rows to do again (C,) with
-    the shift (3, C) to use; see the kernel."""
+def _kernel_chunk(head, head_r, h, y, w, r, lam, want_grad, shift):
+    """shift (3, C), or None to guess it -> loss (C,), gradient to h (C, D) fp32 or None, c, c_ref, log S, log S_ref (4, C),
+    and which rows to do again (C,) with what shift (3, C); see the kernel."""
     head_y = head[y]                                                      # (C, D)
     if shift is None:
-        c = (h * head_y).sum(1, dtype=torch.float32)
-        c_r = c if r is None else (r * head_r[y]).sum(1, dtype=torch.float32)
+        c = (h.float() * head_y).sum(1)
+        c_r = c if r is None else (r.float() * head_r[y]).sum(1)
         shift = torch.stack((c, c_r, ((c - c_r).abs() <= 4).float()))
     c, c_r, alpha = shift
     out, stat, z_y = _launch("grad" if want_grad else "loss", h, head, y, r, head_r, shift)
     sums = stat.sum(1)
-    S, R, top = sums[0], sums[1], stat[2].amax(0)
-    loss = w * (S.log() - (z_y - c))
-    again, A, B = top.isfinite() & (top.abs() > MARGIN), w / R, None
+    S, top = sums[0], stat[2].amax(0)
+    S_r, top_r, kl = S, top, torch.zeros_like(S)
     if r is not None:
-        S_r, R_r, top_r, T = sums[3], sums[4], stat[5].amax(0), sums[6]
-        loss = loss + lam * (T / S_r + (S / S_r).log())
-        far = (alpha > 0) & ((S_r > FAR * S) | (S > FAR * S_r) | (T / S_r + (S / S_r).log() > 1))
-        again = again | top_r.isfinite() & (top_r.abs() > MARGIN) | far
-        R_s = R + alpha * R_r
-        A, B = (w + lam) / R_s, (w * alpha - lam * R / R_r) / R_s
-        alpha = torch.where(far, 0, alpha)
+        S_r, top_r = sums[3], stat[5].amax(0)
+        kl = sums[6] / S_r + (S / S_r).log()
+    loss = w * (S.log() - (z_y - c)) + lam * kl
+    wrong = torch.where(alpha > 0, S_r > FAR * S, (S_r < FAR * S) & (kl < NEAR))
+    again = want_grad & wrong
+    for t in (top, top_r):
+        again = again | t.isfinite() & (t.abs() > MARGIN)
     grad = None
     if want_grad:
-        grad = _mm(out, head)                                             # D, and E below it
-        rest, grad = grad[len(h):], grad[:len(h)]
-        grad *= A[:, None]
-        if r is not None:
-            grad.addcmul_(rest, B[:, None])
+        R, grad = sums[1], _mm(out, head)                                 # D, and E below it
+        if r is None:
+            grad *= (w / R)[:, None]
+        else:
+            R_r, R_s, (grad, E) = sums[4], R + alpha * sums[4], grad.split(len(h))
+            grad *= ((w + lam) / R_s)[:, None]
+            grad.addcmul_(E, ((w * alpha - lam * R / R_r) / R_s)[:, None])
         grad.addcmul_(head_y, w[:, None], value=-1)
-    norm = torch.stack((c, c_r, S.log(), (S if r is None else S_r).log()))
-    return loss, grad, norm, again, torch.stack((c + top, c_r if r is None else c_r + top_r, alpha))
+    norm, shift = torch.stack((c, c_r, S.log(), S_r.log())), torch.stack((c + top, c_r + top_r, (alpha - wrong.float()).abs()))
+    return loss, grad, norm, again, shift
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -252,77 +254,73 @@ def _kernel_chunk(h, head, y, w, r, head_r, lam, want_grad, shift):
 # groups, CE alone and with KL, so that a reference is read only where it counts.
 
 def _groups(targets, w, ref, lam):
+    """-> (numbers of its rows, their reference or None) of each group that has rows."""
     kept = (targets != IGNORE) & ((w != 0) | (lam != 0))
     groups = ((kept & (lam == 0)).nonzero()[:, 0], None), ((kept & (lam != 0)).nonzero()[:, 0], ref)
     return [(rows, r) for rows, r in groups if len(rows)]
 
 
-def _gather(i, dtype, hidden, targets, w, r, lam):
-    r_i = None if r is None else r[i].to(dtype).contiguous()
-    return hidden[i].to(dtype).contiguous(), targets[i].long(), w[i], r_i, lam[i]
+def _chunks(rows, size, dtype, hidden, targets, w, r, lam):
+    """`size` rows at a time -> their numbers, and what is known of them: h, y, w, r, lambda."""
+    for i in rows.split(size):
+        r_i = None if r is None else r[i].to(dtype).contiguous()
+        yield i, hidden[i].to(dtype).contiguous(), targets[i].long(), w[i], r_i, lam[i]
 
 
-def _wide(hidden, head, ref_head):
-    """-> both heads in the wider dtype of hidden and head; one tensor where the reference has none of its own."""
-    W = head.to(torch.promote_types(hidden.dtype, head.dtype))
-    return W, W if ref_head is None else ref_head.to(W.dtype)
+def _heads(dtype, head, ref_head):
+    """-> both in dtype; one tensor where the reference has none of its own."""
+    head = head.to(dtype)
+    return head, head if ref_head is None else ref_head.to(dtype)
 
 
 def _plain(hidden, head, targets, w, ref, ref_head, lam, want_hidden, want_head):
     """-> loss (N,) and its gradients to hidden (N, D), in hidden's dtype, and head (V, D) fp32, where wanted."""
-    W, W_r = _wide(hidden.new_empty(0, dtype=torch.float32), head, ref_head)
+    head, head_r = _heads(torch.float32, head, ref_head)
     loss = hidden.new_zeros(len(hidden), dtype=torch.float32)
     d_hidden = torch.zeros_like(hidden) if want_hidden else None
-    d_head = torch.zeros_like(W) if want_head else None
+    d_head = torch.zeros_like(head) if want_head else None
     for rows, r in _groups(targets, w, ref, lam):
-        for i in rows.split(CPU_ROWS):
-            h, y, w_i, r_i, lam_i = _gather(i, W.dtype, hidden, targets, w, r, lam)
-            loss[i], dz = _plain_dlogits(h, W, y, w_i, r_i, W_r, lam_i)
+        for i, h, *rest in _chunks(rows, CPU_ROWS, head.dtype, hidden, targets, w, r, lam):
+            loss[i], dz = _plain_dlogits(head, head_r, h, *rest)
             if want_hidden:
-                d_hidden[i] = (dz @ W).to(hidden.dtype)
+                d_hidden[i] = (dz @ head).to(hidden.dtype)
             if want_head:
                 d_head.addmm_(dz.T, h)
     return loss, d_hidden, d_head
 
 
-def _kernel_rows(hidden, W, r):
+def _kernel_rows(hidden, head, r):
+    """How many at a time: each has V numbers of e, and h, W_y and its part of e W, together twice with a reference."""
     free = max(GPU_BUFFER - hidden.numel() * hidden.element_size(), GPU_BUFFER / 2)
-    return max(128, int(free / (len(W) * W.element_size() * (1 if r is None else 2))) // 128 * 128)
+    row = (len(head) + 4 * head.shape[1]) * head.element_size() * (1 if r is None else 2)
+    return max(128, int(free / row) // 128 * 128)
 
 
 def _kernel(hidden, head, targets, w, ref, ref_head, lam, want_hidden):
     """-> loss (N,), its gradient to hidden (N, D) in hidden's dtype if wanted, norm (4, N) of _kernel_chunk."""
-    W, W_r = _wide(hidden, head, ref_head)
-    norm = hidden.new_zeros(4, len(hidden), dtype=torch.float32)
-    loss = torch.zeros_like(norm[0])
-    d_hidden = torch.zeros_like(hidden) if want_hidden else None
+    head, head_r = _heads(torch.promote_types(hidden.dtype, head.dtype), head, ref_head)
+    loss, norm, shift = (hidden.new_zeros(*k, len(hidden), dtype=torch.float32) for k in ((), (4,), (3,)))
+    d_hidden, again = torch.zeros_like(hidden) if want_hidden else None, torch.zeros_like(loss, dtype=torch.bool)
     for rows, r in _groups(targets, w, ref, lam):
-        shift, size = None, _kernel_rows(hidden, W, r)
-        for _ in range(3):                                                 # the guess, its shift, its alpha put right
-            again = []
-            for at in range(0, len(rows), size):
-                i = rows[at:at + size]
-                h, y, w_i, r_i, lam_i = _gather(i, W.dtype, hidden, targets, w, r, lam)
-                now = shift if shift is None else shift[:, at:at + size].contiguous()
-                loss[i], g, norm[:, i], *todo = _kernel_chunk(h, W, y, w_i, r_i, W_r, lam_i, want_hidden, now)
-                again.append(todo)
+        for known in (False, True, True):                                  # the guess, its shift put right, then its alpha
+            for i, *part in _chunks(rows, _kernel_rows(hidden, head, r), head.dtype, hidden, targets, w, r, lam):
+                given = shift[:, i].contiguous() if known else None
+                loss[i], grad, norm[:, i], again[i], shift[:, i] = _kernel_chunk(head, head_r, *part, want_hidden, given)
                 if want_hidden:
-                    d_hidden[i] = g.to(hidden.dtype)
-            bad = torch.cat([t[0] for t in again]).nonzero()[:, 0]         # waits for the GPU, once
-            if not len(bad):
+                    d_hidden[i] = grad.to(hidden.dtype)
+            rows = rows[again[rows]]                                       # waits for the GPU, once
+            if not len(rows):
                 break
-            rows, shift = rows[bad], torch.cat([t[1] for t in again], 1)[:, bad]
     return loss, d_hidden, norm
 
 
 def _kernel_d_head(hidden, head, targets, w, ref, ref_head, lam, norm):
-    """-> gradient to head (V, D) fp32. Adding bf16 products to fp32 in place needs torch 2.10."""
-    W, W_r = _wide(hidden, head, ref_head)
-    d_head = torch.zeros_like(W, dtype=torch.float32)
+    """-> gradient to head (V, D) fp32."""
+    head, head_r = _heads(torch.promote_types(hidden.dtype, head.dtype), head, ref_head)
+    d_head = torch.zeros_like(head, dtype=torch.float32)
     for rows, r in _groups(targets, w, ref, lam):
-        for i in rows.split(_kernel_rows(hidden, W, r)):
-            h, y, w_i, r_i, lam_i = _gather(i, W.dtype, hidden, targets, w, r, lam)
-            dz = _launch("dlogits", h, W, y, r_i, W_r, norm[:, i].contiguous(), torch.stack((w_i, lam_i)))[0]
+        for i, h, y, w_i, r_i, lam_i in _chunks(rows, _kernel_rows(hidden, head, r), head.dtype, hidden, targets, w, r, lam):
+            dz = _launch("dlogits", h, head, y, r_i, head_r, norm[:, i].contiguous(), torch.stack((w_i, lam_i)))[0]
             if dz.is_cuda and dz.dtype != torch.float32:
                 torch.addmm(d_head, dz.T, h, out_dtype=torch.float32, out=d_head)
             else:
@@ -335,10 +333,11 @@ class _CeKl(torch.autograd.Function):
     def forward(ctx, hidden, head, targets, w, ref, ref_head, lam):
         want_hidden, want_head = ctx.needs_input_grad[:2]
         ctx.fused = triton is not None and (hidden.is_cuda or INTERPRET)
-        if ctx.fused:
-            loss, d_hidden, extra = _kernel(hidden, head, targets, w, ref, ref_head, lam, want_hidden)          # norm
-        else:
-            loss, d_hidden, extra = _plain(hidden, head, targets, w, ref, ref_head, lam, want_hidden, want_head)   # d_head
+        with torch.autocast(hidden.device.type, enabled=False):
+            if ctx.fused:
+                loss, d_hidden, extra = _kernel(hidden, head, targets, w, ref, ref_head, lam, want_hidden)           # norm
+            else:
+                loss, d_hidden, extra = _plain(hidden, head, targets, w, ref, ref_head, lam, want_hidden, want_head)  # d_head
         ctx.save_for_backward(d_hidden, *((extra, hidden, head, targets, w, ref, ref_head, lam) if want_head else ()))
         return loss
 
@@ -352,12 +351,13 @@ class _CeKl(torch.autograd.Function):
         if saved:
             extra, hidden, head, targets, w, ref, ref_head, lam = saved
             scaled = hidden, head, targets, w * upstream, ref, ref_head, lam * upstream
-            if ctx.fused:
-                d_head = _kernel_d_head(*scaled, extra)
-            elif (upstream == upstream[:1]).all():                         # the usual mean or sum: no need to repeat
-                d_head = extra * upstream[:1].sum()
-            else:
-                d_head = _plain(*scaled, False, True)[2]
+            with torch.autocast(upstream.device.type, enabled=False):
+                if ctx.fused:
+                    d_head = _kernel_d_head(*scaled, extra)
+                elif (upstream == upstream[:1]).all():                     # the usual mean or sum: no need to repeat
+                    d_head = extra * upstream[:1].sum()
+                else:
+                    d_head = _plain(*scaled, False, True)[2]
             d_head = d_head.to(head.dtype)
         return d_hidden, d_head, None, None, None, None, None
 
@@ -405,8 +405,11 @@ def ce_kl_loss(hidden, head, targets, weight=None, ref_hidden=None, kl_weight=No
 # ---------------------------------------------------------------------------------------------------------------
 # Checks and bench.
 
+PEERS = 120             # seconds, after which the bench on a GPU leaves out what is not ours
+
+
 def _eager(h, head, y, w, r=None, lam=None):
-    """The textbook, in the dtype of its inputs: bf16 logits if they are bf16, fp64 truth if they are fp64."""
+    """The textbook, in the dtype of its inputs: bf16 logits if they are bf16, fp64 truth if they are fp64. w None: no CE."""
     def logits(t):
         z = F.linear(t, head)
         return z if z.dtype == torch.float64 else z.float()
@@ -438,13 +441,15 @@ def _gradient(loss, h, *args):
 
 
 def _errors(got, truth):
-    return [((a - b).norm() / b.norm()).item() for a, b in zip(got, truth)]
+    return [_short((a - b).norm() / b.norm()) for a, b in zip(got, truth)]
+
+
+def _short(x):
+    return float(f"{x:.3g}")
 
 
 def _show(row):
-    def short(v):
-        return [short(x) for x in v] if isinstance(v, list) else float(f"{v:.2g}") if isinstance(v, float) else v
-    print("  ".join(f"{k} {short(v)}" for k, v in row.items()), flush=True)
+    print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return row
 
 
@@ -461,7 +466,9 @@ def _through_kernel(*args):
 def check(device, N, V, D):
     """One line of relative errors against fp64 for every loss -> rows, and whether each is within its bound."""
     rows, good = [], True
-    print(f"relative error against fp64 of [loss, gradient to hidden], {N} rows, V={V}, D={D}")
+    methods = {"kernel": _through_kernel} if triton else {}
+    methods |= {} if device == "cuda" else {"CPU path": ce_kl_loss}
+    print(f"relative error against fp64 of loss and gradient to hidden, {N} rows, V={V}, D={D}")
     for dtype, apart in itertools.product((torch.float32, torch.bfloat16), (None, 0.01, 0.03, 0.1, 0.3)):
         h, head, y, r = _data(N, V, D, dtype, device, apart or 0)
         w = torch.full((N,), float(apart is None), device=device)
@@ -469,12 +476,10 @@ def check(device, N, V, D):
         wide = [a.double() if a.is_floating_point() else a for a in args]
         truth = _gradient(_eager, h.double(), *wide)
         row = {"dtype": str(dtype)[6:], "loss": "CE" if apart is None else f"KL {truth[0].mean():.0e}"}
-        methods = {"kernel": _through_kernel} if triton else {}
-        methods |= {} if h.is_cuda else {"CPU path": ce_kl_loss}
         for name, loss in (methods | {"eager": _eager}).items():
             row[name] = _errors(_gradient(loss, h, *args), truth)
         bound = 2 if dtype == torch.float32 else 0.5
-        good &= all(row[name][1] <= bound * row["eager"][1] for name in methods)
+        good &= all(a <= bound * b for name in methods for a, b in zip(row[name], row["eager"]))
         if apart and dtype == torch.bfloat16:           # had g = softmax(h_ref W^T) W been cached instead of h_ref
             z = h.float() @ head.float().T
             e = (z - z.gather(1, y[:, None])).exp().bfloat16()
@@ -501,49 +506,51 @@ def _methods(kl):
                               use_reentrant=False) for part in parts) / len(h)
 
     found = {"ours": ours, "eager": eager}
-    if torch.cuda.is_available():
-        found |= {"torch.compile": torch.compile(eager, dynamic=False), "fp32 chunks, as TRL": chunked}
     if not kl and hasattr(F, "linear_cross_entropy"):
         found["torch chunked"] = lambda h, head, y, r: F.linear_cross_entropy(
             h, head, y, options=torch.nn.LinearCrossEntropyOptions())
-    if torch.cuda.is_available() and find_spec("liger_kernel"):
+    if not torch.cuda.is_available():
+        return found
+    found |= {"torch.compile": torch.compile(eager, dynamic=False), "fp32 chunks, as TRL": chunked}
+    if find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
         found["Liger"] = ((lambda h, head, y, r: LigerFusedLinearJSD(jsd_beta=0.0)(h, head, r, head, y)) if kl else
                           (lambda h, head, y, r: LigerFusedLinearCrossEntropyLoss()(head, h, y)))
-    if torch.cuda.is_available() and not kl and find_spec("cut_cross_entropy"):
+    if not kl and find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy
         found["cut-cross-entropy"] = lambda h, head, y, r: linear_cross_entropy(h, head, y)
     return found
 
 
 def _clock(f):
-    """-> seconds, and peak MB above what is held: the median of up to 5 calls; on a CPU, CPU time of one call."""
+    """-> f(), seconds, peak MB above what is held: the median of up to 5 calls; on a CPU, CPU time of one call."""
     if not torch.cuda.is_available():
         def peak():
             return next(int(s.split()[1]) for s in Path("/proc/self/status").open() if s.startswith("VmHWM")) / 1e3
         Path("/proc/self/clear_refs").write_text("5")                                    # resets VmHWM
         before, start = peak(), time.process_time()
-        f()
-        return time.process_time() - start, peak() - before
+        return f(), time.process_time() - start, peak() - before
     f()
     torch.cuda.synchronize()
-    before, times = torch.cuda.memory_allocated(), []
     torch.cuda.reset_peak_memory_stats()
+    before, times = torch.cuda.memory_allocated(), []
     while len(times) < 5 and sum(times) < 1:
+        result = None                                                      # the last one's memory
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        f()
+        result = f()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times), (torch.cuda.max_memory_allocated() - before) / 1e6
+    return result, statistics.median(times), (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 @functools.cache
 def _gemm_rate(dtype, device):
+    """FLOP per second of a large product: what the floor is made of."""
     size = 8192 if device == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / min(_clock(lambda: a @ a)[0] for _ in range(3))
+    return 2 * size**3 / min(_clock(lambda: a @ a)[1] for _ in range(3))
 
 
 def measure(loss, trained, name, N, V, D):
@@ -557,12 +564,11 @@ def measure(loss, trained, name, N, V, D):
     try:
         torch._dynamo.reset()                            # a compiled graph for this shape, not for any
         wanted = [h.requires_grad_(), head] if trained else [h.requires_grad_()]
-        seconds, extra = _clock(lambda: torch.autograd.grad(method(h, head, y, r), wanted))
-        got = N * torch.autograd.grad(method(h, head, y, r), h)[0][:few].double()
-        row |= {"ms": seconds * 1e3, "share of floor": floor / seconds, "extra MB": extra}
+        grads, seconds, extra = _clock(lambda: torch.autograd.grad(method(h, head, y, r), wanted))
+        row |= {"ms": _short(seconds * 1e3), "share of floor": _short(floor / seconds), "extra MB": _short(extra)}
         one, wide = torch.ones(few, device=device).double(), [t.detach().double() for t in (h[:few], head)] + [y[:few]]
         truth = _gradient(_eager, *wide, *((None, r[:few].double(), one) if kl else (one,)))[1]
-        row["gradient error"] = _errors([got], [truth])[0]
+        row["gradient error"] = _errors([N * grads[0][:few].double()], [truth])[0]
     except Exception as error:                  # a peer that does not fit or does not run is a result too
         row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:80]
         if name == "ours":
@@ -584,20 +590,23 @@ def main():
     errors, good = check("cuda", 64, 20011, 1000) if cuda else check("cpu", 48, 3001, 200)
     print(f"forward and backward on {device}, N={args.n} V={args.v}, {'bf16' if cuda else 'fp32, CPU time'}")
     bench = []
-    atexit.register(lambda: print(json.dumps({                             # also after a peer that broke the GPU's context
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    atexit.register(lambda: print(json.dumps({              # also after a time limit, or a peer that broke the GPU's context
         "device": device, "torch": torch.__version__, "triton": triton and triton.__version__, "good": good, "errors": errors,
         "bench": bench, "seconds": round(time.time() - start, 1)})))
     for d, (loss, trained) in itertools.product(args.d, (("CE", False), ("KL", False), ("CE", True))):
         for name in _methods(loss == "KL"):
             job = loss, trained, name, args.n, args.v, d
-            if cuda:
+            if cuda and name != "ours" and time.time() - start > PEERS:
+                row = dict(zip(("D", "loss", "method"), (d, loss, name)), failed="left out, for lack of time")
+            elif cuda:
                 row = measure(*job)
                 torch.cuda.empty_cache()
             else:                                                          # a process each, for an honest peak
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     row = pool.apply(measure, job)
             bench.append(_show(row))
-    print("every gradient error is within its bound" if good else "A GRADIENT ERROR IS OUT OF ITS BOUND")
+    print("every error is within its bound" if good else "AN ERROR IS OUT OF ITS BOUND")
     raise SystemExit(not good)
 
 

@@ -3,14 +3,13 @@ kernels/ce_kl.py against fp64, on the plain path and through the kernel: on a GP
 Triton's interpreter.
 """
 import contextlib
+import math
 import os
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                     # before anything imports triton
@@ -77,14 +76,14 @@ def error(got, truth):
 
 
 def make(N, V, D, apart=0.05, dtype=torch.float32, device="cpu", seed=0):
-    """h, head, y, w (any sign), r, lambda: CE, KL and mixed rows, some masked; values exact in dtype."""
+    """h, head, y, w and lambda of any sign, r: CE, KL and mixed rows, some masked; values exact in dtype."""
     gen = torch.Generator().manual_seed(seed)
     head = torch.randn(V, D, generator=gen) / D**0.5
     y = torch.randint(0, V, (N,), generator=gen)
     h = 18 * head[y] + 5 * torch.randn(N, D, generator=gen)                # logits up to 25, as models have
     r = h.to(dtype) + 5 * apart * torch.randn(N, D, generator=gen)         # KL about 10 apart^2 nats
     w, lam = torch.randn(N, generator=gen), torch.rand(N, generator=gen)
-    w[::3], lam[1::3] = 0, 0
+    w[::3], lam[1::3], lam[::5] = 0, 0, -lam[::5]
     y[::7] = -100
     return [t.to(device) for t in (h.to(dtype), head.to(dtype), y, w, r.to(dtype), lam)]
 
@@ -127,30 +126,19 @@ def test_odd_shapes(path, shape):
 
 
 @PATHS
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(N=st.integers(1, 150), V=st.integers(1, 300), D=st.sampled_from((1, 33, 64, 70)),
-       bf16=st.booleans(), apart=st.sampled_from([0.0, 1e-3, 0.1, 3.0]), scale=st.sampled_from([0.1, 1.0, 6.0]),
-       trained=st.booleans(), uniform=st.booleans(), seed=st.integers(0, 99))
-def test_any_shape(path, N, V, D, bf16, apart, scale, trained, uniform, seed):
-    with on(path) as device:
-        h, head, y, w, r, lam = make(N, V, D, apart, torch.bfloat16 if bf16 else torch.float32, device, seed)
-        h, r = h * scale, r * scale
-        upstream = None if uniform else torch.randn(N, generator=torch.Generator().manual_seed(seed)).to(device)
-        truth = run(textbook, h, head, y, w, r, lam, upstream, torch.float64)
-        got = run(ce_kl_loss, h, head, y, w, r, lam, upstream, trained=trained)
-        for a, b in zip(got, truth):
-            if a is not None:
-                near = 2e-2 if bf16 else 1e-4
-                assert (a - b).norm() <= near * b.norm() + near * 1e-2 * N**0.5
-
-
-@PATHS
 def test_any_strides_and_integer_targets(path):
     with on(path) as device:
         h, head, y, w, r, lam = make(40, 100, 30, device=device)
-        args = h.T.contiguous().T, head.T.contiguous().T, y.int(), w, r.T.contiguous().T, lam
-        for got, want in zip(run(ce_kl_loss, *args), run(ce_kl_loss, h, head, y, w, r, lam)):
-            torch.testing.assert_close(got, want)
+        want = run(ce_kl_loss, h, head, y, w, r, lam)
+        for lay in (lambda x: x.T.contiguous().T,                                          # by columns
+                    lambda x: torch.cat((x, x), 1)[:, :30],                                # rows apart
+                    lambda x: x.repeat_interleave(2, 1)[:, ::2]):                          # columns apart
+            for got, expected in zip(run(ce_kl_loss, lay(h), lay(head), y.int(), w, lay(r), lam), want):
+                torch.testing.assert_close(got, expected)
+        h, head = h[:1], head[:1]                                                          # all rows in one place
+        for got, expected in zip(run(ce_kl_loss, h.expand(40, 30), head.expand(100, 30), y, w, r, lam),
+                                 run(ce_kl_loss, h.repeat(40, 1), head.repeat(100, 1), y, w, r, lam)):
+            torch.testing.assert_close(got, expected)
 
 
 @PATHS
@@ -162,6 +150,38 @@ def test_mixed_dtypes_are_widened(path):
             loss, d_hidden, d_head = error(run(ce_kl_loss, *args, y, w, r, lam), truth)
             assert loss < 1e-6
             assert (d_hidden if args[0].dtype == torch.float32 else d_head) < 1e-5      # the fp32 one is not rounded
+        want = ce_kl_loss(h, head, y, w, r, lam)
+        assert torch.equal(ce_kl_loss(h, head, y.short(), w.double(), r.float(), lam.double()), want)
+
+
+@PATHS
+def test_autocast_changes_nothing(path):
+    """The caller's autocast would run the products in bf16."""
+    with on(path) as device:
+        args = make(40, 100, 30, device=device)
+        upstream = torch.linspace(-1, 1, 40, device=device)
+        want = run(ce_kl_loss, *args, upstream)
+        with torch.autocast(device, torch.bfloat16):
+            assert all(torch.equal(a, b) for a, b in zip(run(ce_kl_loss, *args, upstream), want))
+
+
+@PATHS
+def test_backward_twice_and_of_itself(path):
+    """Gradients add up over calls and over backward passes; there is none of the gradient."""
+    with on(path) as device:
+        h, head, y, w, r, lam = make(40, 100, 30, device=device)
+        _, *want = run(ce_kl_loss, h, head, y, w, r, lam)
+        h.requires_grad_(), head.requires_grad_()
+        loss = ce_kl_loss(h, head, y, w, r, lam).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        for part in torch.arange(40, device=device).split(17):
+            ce_kl_loss(h[part], head, y[part], w[part], r[part], lam[part]).sum().backward()
+        for got, expected in zip((h.grad, head.grad), want):
+            torch.testing.assert_close(got.double(), 3 * expected, rtol=1e-4, atol=1e-5)
+        grad, = torch.autograd.grad(ce_kl_loss(h, head, y).sum(), h, create_graph=True)
+        with pytest.raises(RuntimeError):
+            grad.sum().backward()
 
 
 # --------------------------------------------------------------------------------------------- exactness and range
@@ -184,18 +204,22 @@ def test_student_equal_to_reference_is_exactly_zero(path, dtype):
 
 
 @PATHS
-@pytest.mark.parametrize("shift", [0.0, 0.4, 0.6, 2.0, 30.0])
-def test_a_common_shift_of_the_logits_costs_no_accuracy(path, shift):
-    """KL does not see it: near the reference the gradient stays as exact as without."""
+@pytest.mark.parametrize("unlikely", [False, True])
+@pytest.mark.parametrize("shift", [0.0, 0.4, 2.0, 30.0])
+def test_a_common_shift_of_the_logits_costs_no_accuracy(path, shift, unlikely):
+    """KL does not see it: near the reference the gradient stays as exact as without, wherever the target's logit is."""
     with on(path) as device:
         h, head, y, w, r, lam = make(160, 611, 70, 0, torch.bfloat16, device)
+        if unlikely:                                        # 100 nats and more below the largest
+            h, r = 5 * h, 5 * r
+            y = torch.where(y == -100, y, (h.float() @ head.float().T).argmin(1))
         head[:, 0], h[:, 0], r[:, 0] = 1, 0, shift          # one column of ones carries a pure shift
         h[:, 1] += 0.125
         args = h, head, y, 0 * w, r, 0 * lam + 1
         truth = run(textbook, *args, dtype=torch.float64)[1]
         kept = truth.norm(dim=1) > 0
         got = run(ce_kl_loss, *args)[1]
-        assert 0 < kept.sum() < 160 and ((got - truth)[kept].norm() / truth[kept].norm()) < (6e-3 if shift <= 2 else 0.3)
+        assert 0 < kept.sum() < 160 and ((got - truth)[kept].norm() / truth[kept].norm()) < 6e-3
 
 
 @PATHS
@@ -230,6 +254,9 @@ def test_same_target_logit_but_far_reference(path):
         r[0, 3] = 30
         args = h, head, torch.tensor([0], device=device), h.new_ones(1).float(), r, h.new_ones(1).float()
         assert max(error(run(ce_kl_loss, *args), run(textbook, *args, dtype=torch.float64))) < 6e-3
+        with torch.no_grad(), mock.patch.object(ck, "_launch", wraps=ck._launch) as launch:
+            ce_kl_loss(*args)                               # for the loss alone it does not matter
+            assert launch.call_count == (path == "kernel")
 
 
 @PATHS
@@ -271,7 +298,7 @@ def test_only_counting_rows_reach_a_gemm_and_logits_are_never_whole(path, monkey
         real = getattr(ck, name)
 
         def spy(*args):
-            rows, ref = (args[0], args[4]) if path == "plain" else (args[1], args[4])
+            rows, ref = (args[2], args[5]) if path == "plain" else (args[1], args[4])
             sizes.append((len(rows), ref is not None))
             return real(*args)
 
@@ -321,15 +348,17 @@ def test_head_and_hidden_beyond_2_31_elements(path, tmp_path):
         torch.testing.assert_close(ce_kl_loss(far.copy_(h), head, y, w, r, lam), want)
 
 
-def test_buffer_of_e_beyond_2_31_elements(tmp_path):
+@pytest.mark.parametrize("ref", [False, True])
+def test_buffer_of_e_beyond_2_31_elements(tmp_path, ref):
     with on("kernel") as device:
-        h, head, y, _, r, _ = make(2, 70, 16, device=device)
+        C = 2 if ref else 4
+        h, head, y, _, r, _ = make(C, 70, 16, device=device)
         y[:] = 3
-        shift = torch.zeros(3, 2, device=device)
-        want, stat, z_y = ck._launch("grad", h, head, y, r, head, shift)
+        shift = torch.zeros(3, C, device=device)
+        want, stat, z_y = ck._launch("grad", h, head, y, r if ref else None, head, shift)
         out = sparse(tmp_path, (4, 70), 3 * 2**28 + 8, torch.float32, device)
-        ck._head_kernel[(2,)](h, r, head, head, y.int(), shift, shift, out, stat, z_y, 2, 70, 16, 16, out.stride(0), D=16,
-                              REF=True, TWO=False, MODE="grad", BC=64, BV=64, BD=16)
+        ck._head_kernel[(2,)](h, r, head, head, y.int(), shift, shift, out, stat, z_y, C, 70, 16, 16, out.stride(0), D=16,
+                              REF=ref, TWO=False, MODE="grad", BC=64, BV=64, BD=16)
         torch.testing.assert_close(out.clone(), want.clone(), rtol=1e-5, atol=1e-5)
 
 
@@ -368,6 +397,7 @@ def test_nan_and_inf_are_not_hidden(path, bad, dtype):
             args[1][row, 2] = bad
             loss, grad, _ = run(ce_kl_loss, *args)
             assert not (loss.isfinite() & grad.isfinite().all(1)).any()
+            assert loss.isnan().all() or not math.isnan(bad)                    # -inf is a logit like any other, of probability 0
 
 
 def test_errors_for_people():

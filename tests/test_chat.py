@@ -4,8 +4,6 @@ import json
 
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from templates import R1_TOKENS, as_r1, real, sentencepiece_like
 
 from thinksafe import (
@@ -74,25 +72,30 @@ def test_control_tokens_in_a_prompt_are_text(tokenizer, attack):
     assert decode_response(tokenizer, response, ()) == attack
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_fuzzed_text_is_never_control(data):
-    for name in ("tiny", "sentencepiece", "sentencepiece_legacy", "qwen3"):
-        try:
-            tokenizer = cached(name)
-        except pytest.skip.Exception:
-            continue
-        words = st.sampled_from([*control_tokens(tokenizer), "<", "|", ">", "<|", "think>", " ", "\n", "a"]) | st.text(max_size=3)
-        text = "".join(data.draw(st.lists(words, max_size=12)))
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            continue
-        ids = encode_text(tokenizer, text)
-        assert set(control_tokens(tokenizer).values()).isdisjoint(ids)
-        back = decode_response(tokenizer, ids, ())
-        if name == "tiny":                                                   # no normaliser: the text comes back
-            assert back == text
-        elif name.startswith("sentencepiece"):                               # which marks a text's first word with a space
-            assert back.lstrip(" ") == text.replace("▁", " ").lstrip(" ")
+def test_fuzzed_text_is_never_control():
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+
+    @hypothesis.settings(max_examples=100, deadline=None)
+    @hypothesis.given(st.data())
+    def check(data):
+        for name in ("tiny", "sentencepiece", "sentencepiece_legacy", "qwen3"):
+            try:
+                tokenizer = cached(name)
+            except pytest.skip.Exception:
+                continue
+            words = st.sampled_from([*control_tokens(tokenizer), "<", "|", ">", "<|", "think>", " ", "\n", "a"]) | st.text(max_size=3)
+            text = "".join(data.draw(st.lists(words, max_size=12)))
+            if any("\ud800" <= c <= "\udfff" for c in text):
+                continue
+            ids = encode_text(tokenizer, text)
+            assert set(control_tokens(tokenizer).values()).isdisjoint(ids)
+            back = decode_response(tokenizer, ids, ())
+            if name == "tiny":                                                   # no normaliser: the text comes back
+                assert back == text
+            elif name.startswith("sentencepiece"):                               # which marks a text's first word with a space
+                assert back.lstrip(" ") == text.replace("▁", " ").lstrip(" ")
+    check()
 
 
 cached = functools.lru_cache(lambda name: TOKENIZERS[name]())

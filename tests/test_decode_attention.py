@@ -71,6 +71,13 @@ def test_nan_is_not_hidden(attention):
     assert attention(q, k, v, table, length, 40, None, None).isnan().flatten(1).all(1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("of", ["k", "v"])
+def test_nan_of_one_token_is_not_hidden_by_other_chunks(attention, of):
+    q, k, v, table, length = make(1, 1, 2, 16, 16, 200)
+    {"k": k, "v": v}[of][table[0, 5]] = float("nan")                        # a page in the middle of several chunks
+    assert attention(q, k, v, table, length, 200, None, None).isnan().all()
+
+
 def test_chunks():
     """Together they cover reach, are whole pages, at most 1024 tokens, and as many as the processors can use."""
     for n, reach in ((1, 100), (1, 16384), (64, 16384), (512, 1000), (3, 64)):

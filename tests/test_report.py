@@ -10,8 +10,6 @@ from html.parser import HTMLParser
 
 import pytest
 from conftest import ROOT, call
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from report import curves, histograms, packed, script_json, shown, summary, write_report
 from thinksafe import LABELS, InputError
@@ -134,11 +132,16 @@ def test_histogram_keeps_every_trace():
     assert sum(found["groups"]["a"]["counts"]) == 6 and found["groups"]["a"]["counts"][-1] == 3 and found["groups"]["b"]["median"] == 50
 
 
-@given(st.recursive(st.text() | st.sampled_from(HOSTILE), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
-@settings(deadline=None, max_examples=40)
-def test_script_json_holds_no_markup(value):
-    text = script_json(value)
-    assert text.isascii() and not set(text) & set("<>&\u2028\u2029") and json.loads(text) == value
+def test_script_json_holds_no_markup():
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+
+    @hypothesis.given(st.recursive(st.text() | st.sampled_from(HOSTILE), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+    @hypothesis.settings(deadline=None, max_examples=40)
+    def check(value):
+        text = script_json(value)
+        assert text.isascii() and not set(text) & set("<>&\u2028\u2029") and json.loads(text) == value
+    check()
 
 
 def test_page_parses_as_written(tmp_path):

@@ -1,5 +1,6 @@
 """Masks, packing, loss, schedule, LoRA targets, checkpoints, the memory plan, and what others read."""
 import json
+import resource
 import signal
 from types import SimpleNamespace
 
@@ -190,7 +191,47 @@ def test_cached_reference_is_the_reference(model_and_items, tmp_path, pack_token
         cached_reference(path, live, items, pack_tokens, 1, identity)
     with pytest.raises(InputError, match="are needed"):
         cached_reference(tmp_path / "new", live, items, pack_tokens, 1e-9, identity)
-    assert not (tmp_path / "new").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["reference.safetensors"]
+
+
+def test_cached_reference_that_was_not_finished(model_and_items, tmp_path):
+    """Stopped, killed, or on a full disk: no part of a file is taken for the whole, and no room stays taken."""
+    model, _, items = model_and_items
+    path, live, calls = tmp_path / "reference.safetensors", frozen(model), []
+
+    def stopped(part):
+        calls.append(part)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return live(part)
+    with pytest.raises(KeyboardInterrupt):
+        cached_reference(path, stopped, items, 1, 1, {})
+    assert not list(tmp_path.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(InputError, match="make room"):
+            cached_reference(path, live, items, 1, 1, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    path.with_name(path.name + ".tmp").write_bytes(b"what a killed process left" * 10**4)
+    cached = cached_reference(path, live, items, 1, 1, {})
+    benign = [i for i in items if i["benign"]]
+    torch.testing.assert_close(cached(benign), live(benign))
+
+
+def test_training_with_a_cached_reference(tmp_path):
+    """The same losses as without, and a cache of other rows is refused."""
+    data, out = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "cached"
+    flags = ["--model", "tiny", "--epochs", 3, "--batch-size", 4, "--kl"]
+    call("train.py", *flags, "--data", data, "--out", tmp_path / "live")
+    assert call("train.py", *flags, "--data", data, "--out", out, "--cache-reference", 1).returncode == 0
+    for a, b in zip(rows_of(tmp_path / "live" / "metrics.jsonl"), rows_of(out / "metrics.jsonl")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
+    (out / "metrics.jsonl").unlink()
+    done = call("train.py", *flags, "--data", write(tmp_path / "fewer.jsonl", ROWS[:-1]), "--out", out, "--cache-reference", 1)
+    assert done.returncode == 2 and "reference.safetensors was made by another model or from other rows" in done.stderr
 
 
 def test_batches_cover_every_row_once_per_epoch():
