@@ -68,7 +68,8 @@ INTERPRET = False       # send CPU tensors through the kernel (needs TRITON_INTE
 GPU_BUFFER = 720e6      # bytes in flight and of the kept gradient: 2048 rows at a time for 32k tokens, V = 151936, D = 1024
 CPU_ROWS = 256          # rows of logits in flight on the CPU: enough for the GEMM, 156 MB at V = 151936
 MARGIN = 44.0           # nats, about 2^64: e W and its sums stay far below the largest bf16, 2^127
-FAR, NEAR = 3.0, 0.1    # S_ref / S, with which the rounding of e grows if alpha is 1; nats, below which it should not be 0
+FAR = 3.0               # largest S_ref / S for alpha = 1: the rounding of e grows with it
+NEAR = 0.1              # nats of KL below which alpha = 0 costs accuracy
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def _kernel_chunk(head, head_r, h, y, w, r, lam, want_grad, shift):
     """shift (3, C), or None to guess it -> loss (C,), gradient to h (C, D) fp32 or None, c, c_ref, log S, log S_ref (4, C),
     and which rows to do again (C,) with what shift (3, C); see the kernel."""
     head_y = head[y]                                                      # (C, D)
-    if shift is None:
+    if shift is None:                            # in fp32: products rounded to bf16 would put a shift between c and c_ref
         c = (h.float() * head_y).sum(1)
         c_r = c if r is None else (r.float() * head_r[y]).sum(1)
         shift = torch.stack((c, c_r, ((c - c_r).abs() <= 4).float()))
@@ -241,7 +242,8 @@ def _kernel_chunk(head, head_r, h, y, w, r, lam, want_grad, shift):
         if r is None:
             grad *= (w / R)[:, None]
         else:
-            R_r, R_s, (grad, E) = sums[4], R + alpha * sums[4], grad.split(len(h))
+            R_r, (grad, E) = sums[4], grad.split(len(h))
+            R_s = R + alpha * R_r
             grad *= ((w + lam) / R_s)[:, None]
             grad.addcmul_(E, ((w * alpha - lam * R / R_r) / R_s)[:, None])
         grad.addcmul_(head_y, w[:, None], value=-1)

@@ -10,8 +10,9 @@ from kernels.ce_kl import ce_kl_loss
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")] + [pytest.mark.gpu] * torch.cuda.is_available()
 
+# Few values of D: on a GPU each is a compilation.
 PROBLEM = st.fixed_dictionaries(dict(
-    N=st.integers(1, 150), V=st.integers(1, 300), D=st.sampled_from((1, 2, 33, 64, 70)), seed=st.integers(0, 2**20),
+    N=st.integers(1, 150), V=st.integers(1, 300), D=st.sampled_from((2, 70)), seed=st.integers(0, 2**20),
     dtype=st.sampled_from((torch.float32, torch.bfloat16)), scale=st.sampled_from((0.0, 1e-30, 0.1, 5.0, 40.0, 1e3, 1e6)),
     common=st.sampled_from((0.0, 100.0, -3000.0)),          # a massive activation that all logits share, up to a little
     target=st.sampled_from(("most likely", "least likely", "any")),
