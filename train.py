@@ -667,7 +667,7 @@ def main():
             lr = learning_rate(step, len(steps), recipe["lr"], args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            sums, extra, training = torch.zeros(4, device=args.device), torch.zeros(2, device=args.device), time.time()
+            sums, extra = torch.zeros(4, device=args.device), torch.zeros(2, device=args.device)
             for part in split_packs(batch, length, args.pack_tokens):
                 losses = pass_loss(model, part, reference, frozen.head if frozen is not model else None, mixed,
                                    online.temperature if online else 1.0)
@@ -693,7 +693,8 @@ def main():
             if keyed:
                 figures |= {"masked_key": masked_key, "harm_head": harm_head}
             if online:
-                figures = {"reverse_kl": reverse_kl, **figures, "train_s": round(time.time() - training, 3)}
+                rest = time.time() - began - figures["sample_s"] - figures.get("guard_s", 0)
+                figures = {"reverse_kl": reverse_kl, **figures, "train_s": round(rest, 3)}
             log.write({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
                        "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began)), **figures})
             bar.update()
