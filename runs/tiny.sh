@@ -13,7 +13,7 @@ mkdir -p "$out"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 # method | flags of sample.py, - for a method that samples nothing | of guard.py | of train.py
-# Epochs are those of the paper's Table 4, the curated sets have a tenth of its rows, all else is the tiny student's recipe.
+# Rows of the curated sets and epochs are those of the paper's Table 4, all else is the tiny student's recipe.
 # There is one teacher, larger, of the student's shape and vocabulary and another style: it stands for the paper's larger teacher
 # of the same family and for its model of another family.
 curated="--model tiny --label vanilla_harmful --epochs 5 --data tiny"
@@ -32,7 +32,7 @@ safechain         | --model tiny/teacher --steer none --n 5 | --keep unanimous |
 directrefusal     | -                                       |                  | $curated/directrefusal.jsonl
 star1             | -                                       |                  | $curated/star1.jsonl
 safekey           | -                                       |                  | $curated/safekey.jsonl --safekey
-safepath          | -                                       |                  | --model tiny --data tiny/prompts.jsonl --primer --limit 40 --epochs 4
+safepath          | -                                       |                  | --model tiny --data tiny/prompts.jsonl --primer --limit 400 --epochs 4
 teacher-thinksafe | --model tiny/teacher                    |                  |
 grpo              | -                                       |                  | $online grpo --guard tiny
 opd               | -                                       |                  | $online opd --teacher tiny/teacher

@@ -242,7 +242,8 @@ def test_retries(tmp_path):
 def test_curated_sets(tmp_path, monkeypatch):
     """Read as the real ones are; true to their labels; made again byte by byte; of no act that the evaluation asks for."""
     sets = {name: training_rows(ROOT / "tiny" / f"{name}.jsonl", "vanilla_harmful") for name in ("directrefusal", "star1", "safekey")}
-    assert {name: len(rows) for name, rows in sets.items()} == {"directrefusal": 100, "star1": 100, "safekey": 200}
+    assert {name: len(rows) for name, rows in sets.items()} == {"directrefusal": 1000, "star1": 1000, "safekey": 1000}
+    assert sum(r["prompt_label"] == "vanilla_harmful" for r in sets["safekey"]) == 500
     assert {r["response"] for r in sets["directrefusal"]} == {f"<think>\nI should not answer this question!\n</think>\n\n{world.NO[0]}"}
     _, held_out = world.split_acts()
     for r in (r for rows in sets.values() for r in rows):

@@ -253,16 +253,15 @@ def write_prompts(seed):
     write(TINY / "eval.jsonl", [{"set": name, **row} for name, rows in world.eval_prompts(seed).items() for row in rows])
 
 
-def write_curated(seed, n=100):
-    """Small sets of other people's making, each in the form of a real one: DirectRefusal, STAR-1 and SafeKey's mixture.
-
-    The acts are those of the training prompts."""
+def write_curated(seed, n=1000):
+    """Sets of other people's making, in the form and size of the real ones: DirectRefusal, STAR-1 and, half of it and as many
+    benign rows, SafeKey's mixture. The acts are those of the training prompts."""
     rng, (acts, _) = random.Random(f"curated {seed}"), world.split_acts()
     refusals, rows = {}, {}
     while len(refusals) < n:
         prompt, _ = world.ask(rng, random_act(rng, acts, True), wrapped=False)
         refusals[prompt] = {"refusal": f"Question: {prompt}\nAnswer: {world.NO[0]}"}
-    while len(rows) < 2 * n:
+    while len(rows) < n + n // 2:
         harmful = len(rows) < n
         act = random_act(rng, acts, harmful)
         prompt, words = world.ask(rng, act, rng.random() < 0.25)
@@ -272,7 +271,7 @@ def write_curated(seed, n=100):
                         "response": world.trace(f"{understanding} {verdict} {rest}", answer),
                         "summary_end_idx": start, "next_sentence_end_idx": start + 1 + len(verdict)}
     star1 = [{key: row[key] for key in ("id", "question", "response", "source")} for row in list(rows.values())[:n]]
-    for name, part in (("directrefusal", refusals.values()), ("star1", star1), ("safekey", rows.values())):
+    for name, part in (("directrefusal", refusals.values()), ("star1", star1), ("safekey", list(rows.values())[n // 2:])):
         (TINY / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part), "utf-8")
 
 
