@@ -24,7 +24,6 @@ import json
 import logging
 import math
 import re
-import signal
 from collections import Counter, defaultdict
 from fractions import Fraction
 
@@ -38,15 +37,18 @@ from thinksafe import (
     ROOT,
     TINY,
     InputError,
+    OutOfTime,
     RowWriter,
     Stage,
     check_trace,
     cli,
     content_id,
     count,
+    cpu_limit,
     decode_response,
     encode_prompt,
     find_model,
+    inert,
     is_tiny,
     load_decoder,
     lora_layers,
@@ -59,6 +61,7 @@ from thinksafe import (
     read_adapter,
     read_run,
     split_packs,
+    split_revision,
     stage_seed,
     template_hash,
     write_atomic,
@@ -123,24 +126,6 @@ def letter(text):
     """The choice A to D that a text consists of, if need be with its option behind: B, (B), \\text{B}, B) 5 eV. Else None."""
     choice = re.fullmatch(r"\(?([A-D])(?:[).:,].*)?", without_text(text).strip(" $*"), re.S)
     return choice and choice[1]
-
-
-class OutOfTime(BaseException):
-    """Not an Exception: math-verify and sympy catch those and go on."""
-
-
-@contextlib.contextmanager
-def cpu_limit(seconds):
-    """Raise OutOfTime after so many seconds of this process's own time, however busy the machine is. Main thread only."""
-    def stop(*_):
-        raise OutOfTime
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)         # again and again: one raised in a destructor is lost
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 @functools.lru_cache(maxsize=100_000)                                 # samples of a problem mostly agree
@@ -465,7 +450,7 @@ def main():
     counts, protocol = Counter(map(kind_of, rows)), "the paper's" if args.full else "half-hour subset"
     if benchmarks:
         sizes = {kind_of({"set": x.set, "task": task}): f" of {x.full:,}" for task, x in EVAL_SETS.items()}
-        print(f"prompts ({protocol}): " + ", ".join(f"{kind} {n:,}{sizes.get(kind, '')}" for kind, n in counts.items())
+        print(f"prompts ({protocol}): " + inert(", ".join(f"{kind} {n:,}{sizes.get(kind, '')}" for kind, n in counts.items()))
               + "".join(f"; {kind}: {n} sample{'s' * (n > 1)} of up to {most:,} tokens" for kind, (n, most) in spend.items())
               + "".join(f"\nleft out: {why}" for why in left_out.values()), flush=True)
     writer = RowWriter(args.out / "eval.jsonl")
@@ -507,8 +492,8 @@ def main():
                                                              load(names["before"]) if name == "self" else None),
                "<think>\n" if opens_think(tokenizer) else "")
     figures = {when: measure([row for row in traces if row["when"] == when]) for when in ("before", "after")}
-    paper = paper_figures(names["before"], list(figures["after"]))
-    print(table(figures, judge, guard, paper))
+    paper = paper_figures(split_revision(names["before"])[0], list(figures["after"]))
+    print(inert(table(figures, judge, guard, paper)))
     if paper:
         print("paper: arXiv 2601.23143v4, after ThinkSafe; all rows, harm judged by Llama-Guard-3-8B, refusals by WildGuard")
     if judge == guard:

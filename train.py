@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import struct
+import sys
 import time
 from collections import Counter
 
@@ -36,7 +37,9 @@ from thinksafe import (
     encode_prompt,
     encode_response,
     fault_of,
+    inert,
     is_harmful,
+    is_steered,
     is_tiny,
     load_decoder,
     load_state,
@@ -74,13 +77,16 @@ def encode_rows(rows, tokenizer, max_length):
 
     ids = prompt as the template renders it + response + eos. A template that opens <think> itself has it already,
     so a response (of another tool) that starts with one loses it."""
-    items, left_out = [], Counter()
+    items, left_out, told = [], Counter(), []
     for row in rows:
         label = row.get("response_label", "safe")
         if label != "safe" or row.get("keep", True) is not True:
             left_out[str(row.get("reason") or (label if label != "safe" else "not_kept"))] += 1
             continue
         fault = fault_of(row["response"], row.get("finish_reason", "stop"), tokenizer)
+        if is_steered(row["instruction"]):                            # it is to refuse without being told to
+            fault = "has_instruction"
+            told.append(str(row["id"]))
         if fault:
             left_out[fault] += 1
             continue
@@ -93,6 +99,9 @@ def encode_rows(rows, tokenizer, max_length):
             left_out["too_long"] += 1
             continue
         items.append({"id": row["id"], "ids": ids, "n_prompt": len(prompt), "benign": not is_harmful(row["prompt_label"])})
+    if told:
+        print(inert(f"left out, as the refusal instruction still stands in the prompt: rows {', '.join(told[:10])}"
+                    + (f" and {len(told) - 10} more" if told[10:] else "")), file=sys.stderr)
     return items, left_out
 
 
@@ -284,24 +293,25 @@ def main():
     if not args.full and recipe["lora_dropout"]:                           # the masks are drawn pass by pass
         identity["pack_tokens"] = args.pack_tokens
     checkpoint, metrics = args.out / "checkpoint.safetensors", args.out / "metrics.jsonl"
-    state = load_state(checkpoint) if checkpoint.exists() else None
+    again = not metrics.exists()                                           # deleted to start again
+    state = load_state(checkpoint) if checkpoint.exists() and not again else None
     stage = Stage("train", args, identity, "metrics.jsonl", model=name, sources=VERSIONS)
     steps = list(batches(len(items), recipe["batch_size"], recipe["epochs"], args.seed))
     print(f"data: {label_counts(rows)}\n{overlap(rows, [TINY / 'eval.jsonl'] if is_tiny(name) else EVAL_SETS)}")
     n_harmful = sum(not item["benign"] for item in items)
     print(f"train: {len(items)} rows ({n_harmful} harmful, {len(items) - n_harmful} benign), {len(steps)} steps, "
           f"{sum(q.numel() for q in trainable.values()):,} weights"
-          + "".join(f"; left out {n} {why}" for why, n in sorted(left_out.items())))
+          + inert("".join(f"; left out {n} {why}" for why, n in sorted(left_out.items()))))
 
-    old, start = RowWriter(metrics).rows, 0                                # a last line that was cut is mended
-    if not old:                                                            # metrics.jsonl was deleted to start again
+    if again:
         checkpoint.unlink(missing_ok=True)
-    elif state:
+    old, start = RowWriter(metrics).rows, 0                                # a last line that was cut is mended
+    if state:
         tensors, meta = state
         if meta["identity"] != json.loads(json.dumps(identity)):
             raise InputError(f"{checkpoint} belongs to another run; delete it to start again")
         restore_checkpoint(trainable, optimizer, tensors)
-        start = meta["step"]
+        old, start = meta.get("metrics", old), meta["step"]                # the file may have lost the end of its last line
     write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in old[:start]))
     log = RowWriter(metrics)
 
@@ -317,7 +327,8 @@ def main():
                                      {key: identity[key] for key in ("model", "dtype", "template", "rows")} | {"mixed": mixed})
 
     def save(step):
-        save_state(checkpoint, checkpoint_tensors(trainable, optimizer), {"step": step, "identity": identity})
+        save_state(checkpoint, checkpoint_tensors(trainable, optimizer),
+                   {"step": step, "identity": identity, "metrics": read_rows(metrics)})
     model.train()
     model.recompute = model.device.type == "cuda"
     with tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=None) as bar:
