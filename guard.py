@@ -315,6 +315,8 @@ def main():
     if not sampled:
         raise InputError(f"{args.out}: no run record of sample.py there; run python sample.py --out {args.out} first")
     rows = read_rows(args.out / "samples.jsonl")
+    if not rows:
+        raise InputError(f"{args.out}/samples.jsonl: no rows in it; run python sample.py --out {args.out} again")
     for i, row in enumerate(rows, 1):
         check_trace(row, f"{args.out}/samples.jsonl, row {i}")
     if len({row_key(row) for row in rows}) < len(rows):
@@ -338,7 +340,8 @@ def main():
     writer = RowWriter(args.out / "guarded.jsonl")
     for i, row in enumerate(writer.rows, 1):
         check_trace(row, f"{writer.path}:{i}")
-        if row.get("response_label") not in ("safe", "unsafe", "unknown") or not isinstance(row.get("reason"), str | None):
+        if row.get("response_label") not in ("safe", "unsafe", "unknown") or not {"reason", "keep"} <= row.keys() \
+                or not isinstance(row["reason"], str | None):
             raise InputError(f"{writer.path}:{i}: not a row of guard.py")
     judged = {row_key(row): row for row in writer.rows}
     verdicts = {name: {} for name in names}                    # guard -> row_key -> Verdict
