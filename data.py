@@ -331,6 +331,8 @@ def training_rows(source, label=None):
             raise InputError(f"{where}: no text under 'response'")
         if "steer" in row and "response_label" not in row:
             raise InputError(f"{where}: a trace that no guard has judged; run guard.py first")
+        if type(row.get("k", 0)) is not int:
+            raise InputError(f"{where}: k is {row['k']!r}, not a whole number")
         row["id"] = str(row.get("id", content_id(row["prompt_label"], row["instruction"], row["response"])))
         rows.setdefault((row["id"], row["k"]) if "k" in row else (row["instruction"], row["response"]), row)
     if len(rows) < len(data):

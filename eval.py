@@ -24,7 +24,6 @@ import json
 import logging
 import math
 import re
-import signal
 from collections import Counter, defaultdict
 from fractions import Fraction
 
@@ -39,15 +38,18 @@ from thinksafe import (
     ROOT,
     TINY,
     InputError,
+    OutOfTime,
     RowWriter,
     Stage,
     check_trace,
     cli,
     content_id,
     count,
+    cpu_limit,
     decode_response,
     encode_prompt,
     find_model,
+    inert,
     is_tiny,
     load_decoder,
     lora_layers,
@@ -60,6 +62,7 @@ from thinksafe import (
     read_adapter,
     read_run,
     split_packs,
+    split_revision,
     stage_seed,
     template_hash,
     wilson,
@@ -126,24 +129,6 @@ def letter(text):
     """The choice A to D that a text consists of, if need be with its option behind: B, (B), \\text{B}, B) 5 eV. Else None."""
     choice = re.fullmatch(r"\(?([A-D])(?:[).:,].*)?", without_text(text).strip(" $*"), re.S)
     return choice and choice[1]
-
-
-class OutOfTime(BaseException):
-    """Not an Exception: math-verify and sympy catch those and go on."""
-
-
-@contextlib.contextmanager
-def cpu_limit(seconds):
-    """Raise OutOfTime after so many seconds of this process's own time, however busy the machine is. Main thread only."""
-    def stop(*_):
-        raise OutOfTime
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)         # again and again: one raised in a destructor is lost
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 @functools.lru_cache(maxsize=100_000)                                 # samples of a problem mostly agree
@@ -459,14 +444,15 @@ def main():
     counts, protocol = Counter(map(kind_of, rows)), "the paper's" if args.full else "half-hour subset"
     if benchmarks:
         sizes = {kind_of({"set": x.set, "task": task}): f" of {x.full:,}" for task, x in EVAL_SETS.items()}
-        print(f"prompts ({protocol}): " + ", ".join(f"{kind} {n:,}{sizes.get(kind, '')}" for kind, n in counts.items())
+        print(f"prompts ({protocol}): " + inert(", ".join(f"{kind} {n:,}{sizes.get(kind, '')}" for kind, n in counts.items()))
               + "".join(f"; {kind}: {n} sample{'s' * (n > 1)} of up to {most:,} tokens" for kind, (n, most) in spend.items())
               + "".join(f"\nleft out: {why}" for why in left_out.values()), flush=True)
     writer = RowWriter(args.out / "eval.jsonl")
+    of = {row["id"]: row for row in rows}
     for i, row in enumerate(writer.rows, 1):
         check_trace({"k": 0, **row}, f"{writer.path}:{i}")
-        if row.get("when") not in ("before", "after"):
-            raise InputError(f"{writer.path}:{i}: not a row of eval.py")
+        if row.get("when") not in ("before", "after") or row["id"] not in of or not of[row["id"]].items() <= row.items():
+            raise InputError(f"{writer.path}:{i}: not a row of eval.py on these prompts")
     done = {(row["id"], row["when"], row.get("k", 0)) for row in writer.rows}
     traces = writer.rows
 
@@ -501,8 +487,8 @@ def main():
                                                              load(names["before"]) if name == "self" else None, args.quantize),
                "<think>\n" if opens_think(tokenizer) else "")
     figures = {when: measure([row for row in traces if row["when"] == when]) for when in ("before", "after")}
-    paper = paper_figures(names["before"], list(figures["after"]))
-    print(table(figures, judge, guard, paper))
+    paper = paper_figures(split_revision(names["before"])[0], list(figures["after"]))
+    print(inert(table(figures, judge, guard, paper)))
     if paper:
         print("paper: arXiv 2601.23143v4, after ThinkSafe; all rows, harm judged by Llama-Guard-3-8B, refusals by WildGuard")
     if judge == guard:

@@ -50,6 +50,7 @@ from thinksafe import (
     packed_attention,
     parser,
     pick_dtype,
+    pinned,
     read_rows,
     read_run,
     row_key,
@@ -535,7 +536,7 @@ def main():
     stage = Stage("sample", args, {
         "model": model.hash, "template": template_hash(tokenizer), "prompts": content_id(json.dumps(prompts)),
         "steer": args.steer, "wording": STEER[args.steer], "n": args.n, "seed": args.seed, "dtype": str(model.head.dtype),
-        "kv_bits": args.kv_bits, **options}, "samples.jsonl", model=name, sources=VERSIONS)
+        "kv_bits": args.kv_bits, **options}, "samples.jsonl", model=pinned(name, model), sources=VERSIONS)
     print(f"prompts: {label_counts(prompts)}")
     if not args.prompts and not is_tiny(name):
         print("prompts: those of the tiny world; name yours with --prompts", file=sys.stderr)

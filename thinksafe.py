@@ -24,7 +24,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import unicodedata
 import weakref
 from importlib.metadata import version
 from pathlib import Path
@@ -67,12 +69,26 @@ def steered(prompt, wording):
     return STEER[wording].replace("{prompt}", prompt)
 
 
+def is_steered(prompt):
+    """Whether a prompt still has one of the refusal instructions in it, whatever its case and spaces."""
+    instructions = (text.replace("{prompt}", "").removesuffix("Prompt:") for text in STEER.values())
+    said, *words = (" ".join(text.casefold().split()) for text in (prompt, *instructions))
+    return any(word and word in said for word in words)
+
+
 # ---------------------------------------------------------------------------------------------
 # Errors for people, and the frame of a script
 
 
 class InputError(ValueError):
     """Something the user can mend. Its text is one line: what, in which file and row, what to do."""
+
+
+def inert(text):
+    """The text with what a terminal would obey or could not show (escape sequences, carriage returns, marks that turn the
+    direction of writing, lone surrogates) as \\x1b and the like; line ends stay."""
+    return "".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+                   else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def cli(main):
@@ -86,11 +102,33 @@ def cli(main):
         print(f"error: out of GPU memory; use fewer --slots or --pack-tokens ({str(e).splitlines()[0]})", file=sys.stderr)
         raise SystemExit(2)
     except (InputError, OSError, SafetensorError) as e:         # the latter two: disk full, no permission, ...
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        print("error: " + inert(" ".join(str(e).split())), file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130)
+
+
+class OutOfTime(BaseException):
+    """Not an Exception: math-verify, sympy and jinja's callers catch those and go on."""
+
+
+@contextlib.contextmanager
+def cpu_limit(seconds):
+    """Raise OutOfTime after so many seconds of this process's own time, however busy the machine is. Main thread only: without
+    a limit in others, where no signal comes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    def stop(*_):
+        raise OutOfTime
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)         # again and again: one raised in a destructor is lost
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -277,7 +315,7 @@ def read_run(out):
                    and isinstance(entry["finished"], bool) for entry in run.values()):
             raise ValueError
         return run
-    except (ValueError, OSError, AttributeError, KeyError, TypeError):
+    except (ValueError, OSError, AttributeError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path}: not a readable run record; move it away or use another --out")
 
 
@@ -358,7 +396,7 @@ class Stage:
         """Record the counts and say what was done, where it is, what to run next; then one JSON line."""
         self.save(finished=True, **counts)
         self.release()
-        print(f"{did}\n  -> {where}\nnext: {next_command}")
+        print(inert(f"{did}\n  -> {where}\nnext: {next_command}"))
         print(json.dumps({"stage": self.name, "seconds": self.entry["seconds"], **counts}), flush=True)
 
 
@@ -392,7 +430,8 @@ def encode_parts(tokenizer, *parts):
     """Token ids (list[int]) of the joined parts, by turns a template's text and somebody's, of which no control token comes.
 
     Ordinary text is encoded in one go, as `apply_chat_template` does. A control token's string in somebody's text is cut
-    after its first character, so that it is encoded as the ordinary characters it consists of."""
+    after its first character, so that it is encoded as the ordinary characters it consists of. InputError where even single
+    characters become control tokens."""
     control, encode = set(control_tokens(tokenizer).values()), functools.partial(tokenizer.encode, add_special_tokens=False)
     template = [i for part in parts[::2] for i in encode(part) if i in control]
     for cut in (lambda text: (), lambda text: [m.start() + 1 for m in _control_pattern(tokenizer).finditer(text)],
@@ -404,8 +443,8 @@ def encode_parts(tokenizer, *parts):
             pieces += (part[a:b] for a, b in zip(cuts[1:], cuts[2:]))
         ids = encode(pieces[0]) + [i for piece in pieces[1:] for i in encode_more(tokenizer, piece)]
         if [i for i in ids if i in control] == template:
-            break
-    return ids
+            return ids
+    raise InputError(f"{tokenizer.name_or_path}: text cannot be told from the tokenizer's control tokens; use another model")
 
 
 def encode_text(tokenizer, text):
@@ -430,12 +469,13 @@ def chat_frame(tokenizer, thinking=True, turns=1):
     padded = [f" \n{mark}\n " for mark in marks]
     for content in padded, [[{"type": "text", "text": t}] for t in padded]:     # Llama-Guard-3-1B shows what is in lists alone
         try:
-            text = tokenizer.apply_chat_template(
-                [{"role": role, "content": c} for role, c in zip(("user", "assistant"), content)], tokenize=False,
-                add_generation_prompt=True, enable_thinking=thinking,
-                date_string="26 Jul 2024")                                # Llama 3.2's would otherwise say today's date
-        except Exception as e:                                            # jinja raises whatever the template wants
-            raise InputError(f"{tokenizer.name_or_path}: its chat template fails ({e})")
+            with cpu_limit(10):
+                text = tokenizer.apply_chat_template(
+                    [{"role": role, "content": c} for role, c in zip(("user", "assistant"), content)], tokenize=False,
+                    add_generation_prompt=True, enable_thinking=thinking,
+                    date_string="26 Jul 2024")                            # Llama 3.2's would otherwise say today's date
+        except (Exception, OutOfTime) as e:                               # jinja raises whatever the template wants
+            raise InputError(f"{tokenizer.name_or_path}: its chat template fails ({e or 'it takes too long'})")
         if all(text.count(mark) == 1 for mark in marks):
             trims = [t not in text for t in padded]
             return re.split("|".join(m if trim else t for m, t, trim in zip(marks, padded, trims)), text), trims
@@ -720,8 +760,21 @@ def is_tiny(path):
     return Path(path).resolve().is_relative_to(TINY)
 
 
+def split_revision(name):
+    """owner/model@revision of the hub -> (owner/model, revision), None where there is none; so too for a folder."""
+    hub, _, revision = name.partition("@")
+    return (name, None) if Path(name).is_absolute() else (hub, revision or None)
+
+
+def pinned(name, model):
+    """The name of a loaded model, one of the hub with the commit it had: that is what later stages ask for."""
+    commits = re.findall("[0-9a-f]{40}", model.hash)                      # of an adapter: its base model's, its own
+    return name if Path(name).is_absolute() or not commits else f"{split_revision(name)[0]}@{commits[-1]}"
+
+
 def model_name(name):
-    """The full name of a model, as run records keep it: the path of a folder (also of `tiny`, tiny/NAME), else a hub name.
+    """The full name of a model, as run records keep it: the path of a folder (also of `tiny`, tiny/NAME), else a hub name,
+    with @ and a branch, tag or commit if need be.
 
     `auto` is the embedded tiny student without a GPU, Qwen/Qwen3-0.6B with one, and says so."""
     name = str(name)
@@ -734,30 +787,43 @@ def model_name(name):
     for folder in (Path(name), ROOT / name):
         if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
             return str(folder.resolve())
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(f"{name}: not a model folder (no config.json in it) and not a hub name of the form owner/model")
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        raise InputError(f"{name}: not a model folder (no config.json in it) and not a hub name of the form owner/model "
+                         "or owner/model@revision")
     return name
 
 
 def find_model(name):
-    """Folder of a model; one on the Hugging Face hub is downloaded (configuration, tokenizer, safetensors)."""
+    """Folder of a model; one on the Hugging Face hub is downloaded (configuration, tokenizer, safetensors).
+
+    InputError for a link out of the folder: what it leads to would be read, and copied by `save_decoder`."""
     name = model_name(name)
     if Path(name).is_absolute():
+        for path in Path(name).iterdir():
+            if not path.resolve().is_relative_to(_home(Path(name))):
+                raise InputError(f"{path}: a link out of its model's folder, to {path.resolve()}; put the file itself there")
         return Path(name)
+    hub, revision = split_revision(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
                                       ignore_patterns=["*/*", "consolidated*"]))
     except GatedRepoError:
-        raise InputError(f"{name}: gated; accept its licence on https://huggingface.co/{name}, then run: hf auth login")
+        raise InputError(f"{name}: gated; accept its licence on https://huggingface.co/{hub}, then run: hf auth login")
     except Exception as e:
         raise InputError(f"{name}: no folder of that name here, and the hub did not give it ({type(e).__name__}: {e})")
 
 
+def _home(folder):
+    """Where the files of a model folder lie: itself, or the hub's cache of that model if it is a snapshot there."""
+    snapshot = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return folder.parent.parent if snapshot else folder
+
+
 def model_hash(folder):
     """What changes when the model does: the hub's commit of a downloaded snapshot, else sha256 of config, tokenizer, weights."""
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+    if _home(folder) != folder:
         return folder.name
     h = hashlib.sha256()
     for path in sorted({*folder.glob("*config.json"), *folder.glob("tokenizer*"), *folder.glob("*.safetensors")}):
@@ -772,7 +838,7 @@ def read_config(folder):
     try:
         raw = json.loads(path.read_text("utf-8"))
         arch = (raw.get("architectures") or [raw.get("model_type")])[0]
-    except (OSError, ValueError, AttributeError, TypeError, IndexError):
+    except (OSError, ValueError, AttributeError, TypeError, LookupError, RecursionError):
         raise InputError(f"{path}: missing or not a model configuration")
 
     def refuse(what):
@@ -803,14 +869,20 @@ def read_config(folder):
         c.rope_theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
         c.rope_scaling = None if kind == "default" else {k: float(rope[k]) for k in (
             "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+        c.dtype = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+        if c.dtype not in ("bfloat16", "float16", "float32"):
+            refuse(f"dtype {c.dtype!r}")
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as e:
         raise InputError(f"{path}: bad or missing value ({e})")
-    sizes = [v for v in vars(c).values() if isinstance(v, int)]
-    if min(sizes) < 1 or max(sizes) > 2**24 or c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
-        sizes = ", ".join(f"{k}={v}" for k, v in vars(c).items() if isinstance(v, int))
-        raise InputError(f"{path}: sizes that no model has: {sizes}")
+    sizes = {k: v for k, v in vars(c).items() if isinstance(v, int)}
+    if min(sizes.values()) < 1 or max(sizes.values()) > 2**24 or c.num_hidden_layers > 1000 \
+            or c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
+        raise InputError(f"{path}: sizes that no model has: {', '.join(f'{k}={v}' for k, v in sizes.items())}")
+    factors = {"rms_norm_eps": c.rms_norm_eps, "rope_theta": c.rope_theta, **(c.rope_scaling or {})}
+    if not all(0 < v < math.inf for v in factors.values()):
+        raise InputError(f"{path}: values that no model has: {', '.join(f'{k}={v}' for k, v in factors.items())}")
     return c
 
 
@@ -821,7 +893,7 @@ def read_tensors(folder):
     try:
         files = sorted({folder / f for f in json.loads(index.read_text())["weight_map"].values()}) if index.exists() \
             else sorted(folder.glob("model*.safetensors"))
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise InputError(f"{index}: not a readable index of weights")
     if not files:
         raise InputError(f"{folder}: no .safetensors weights in it (other formats can run code when loaded and are refused)")
@@ -888,15 +960,19 @@ def load_tokenizer(folder):
 
 
 def read_adapter(folder):
-    """adapter_config.json of a plain LoRA folder; InputError names what else PEFT can do and this decoder does not."""
+    """adapter_config.json of a plain LoRA folder, with the base model's revision in its name; InputError names what else
+    PEFT can do and this decoder does not."""
     path = Path(folder) / "adapter_config.json"
     try:
         adapter = json.loads(path.read_text("utf-8"))
+        if revision := adapter.pop("revision", None):
+            adapter["base_model_name_or_path"] += f"@{revision}"
         kinds = {"base_model_name_or_path": str, "r": int, "lora_alpha": int | float, "target_modules": list}
-        if adapter["peft_type"] != "LORA" or not all(isinstance(adapter[k], t) for k, t in kinds.items()) or adapter["r"] < 1 \
+        if adapter["peft_type"] != "LORA" or not all(isinstance(adapter[k], t) for k, t in kinds.items()) \
+                or not 1 <= adapter["r"] < 2**16 or not math.isfinite(adapter["lora_alpha"]) \
                 or not all(isinstance(name, str) for name in adapter["target_modules"]):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: not a LoRA adapter's configuration, or its target_modules is not a list of names")
     harmless = {*kinds, "peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout",
                 "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config", "megatron_core"}
@@ -931,9 +1007,10 @@ def load_decoder(path_or_name, device=None, dtype=None, quantize=None):
         raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     model.folder, model.hash = folder, model_hash(folder) + (f"-{quantize}" if quantize else "")
     eos = generation_defaults(folder).get("eos_token_id", model.config.raw.get("eos_token_id"))
-    model.eos_ids = frozenset([*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]) - {None}
-    if tokenizer.eos_token_id is None or not all(type(i) is int for i in model.eos_ids):
+    eos = [i for i in [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id] if i is not None]
+    if tokenizer.eos_token_id is None or not all(type(i) is int for i in eos):
         raise InputError(f"{folder}: the tokenizer has no eos_token, or eos_token_id of generation_config.json is not a number")
+    model.eos_ids = frozenset(eos)
     return model, tokenizer
 
 
@@ -942,7 +1019,7 @@ def generation_defaults(folder):
     path = Path(folder) / "generation_config.json"
     try:
         return {k: v for k, v in json.loads(path.read_text("utf-8")).items() if v is not None} if path.exists() else {}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{path}: not a JSON object")
 
 
@@ -965,7 +1042,7 @@ def new_folder(folder):
 
 def own_dtype(config):
     """The dtype that config.json says the weights are stored in."""
-    return getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "bfloat16")
+    return getattr(torch, config.dtype)
 
 
 def save_decoder(model, folder):
@@ -992,8 +1069,11 @@ def save_state(path, tensors, meta):
 def load_state(path):
     """-> (tensors, meta) of `save_state`; InputError for a damaged file."""
     tensors = load_tensors(path)
-    with safe_open(path, "pt") as f:
-        return tensors, json.loads(f.metadata()["meta"])
+    try:
+        with safe_open(path, "pt") as f:
+            return tensors, json.loads(f.metadata()["meta"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: not a checkpoint of this script; delete it to start again")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1112,7 +1192,8 @@ def load_lora(model, tensors, where="adapter"):
 def save_lora(model, folder, base_name):
     """Write a folder that PeftModel.from_pretrained loads."""
     with new_folder(folder) as new:
-        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name),
+        base, revision = split_revision(str(base_name))
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision,
                   "bias": "none", "inference_mode": True, **model.lora}
         (new / "adapter_config.json").write_text(json.dumps(config, indent=1))
         save_file(lora_tensors(model), new / "adapter_model.safetensors", {"format": "pt"})

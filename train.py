@@ -54,7 +54,9 @@ from thinksafe import (
     encode_prompt,
     encode_response,
     fault_of,
+    inert,
     is_harmful,
+    is_steered,
     is_tiny,
     load_decoder,
     load_lora,
@@ -121,7 +123,7 @@ def encode_rows(rows, tokenizer, max_length, strip_cot=None, primer=None, safeke
     so a response (of another tool) that starts with one loses it. strip_cot: "harmful" or "all" rows keep an empty
     reasoning. primer: the response is <think> and these words, without an end; benign rows are left out.
     safekey: items also get "key", the place in ids of `key_sentence`."""
-    items, left_out = [], Counter()
+    items, left_out, told = [], Counter(), []
     for row in rows:
         benign = not is_harmful(row["prompt_label"])
         if primer and benign:
@@ -133,6 +135,9 @@ def encode_rows(rows, tokenizer, max_length, strip_cot=None, primer=None, safeke
             continue
         response = f"<think>\n{primer}" if primer else row["response"]
         fault = None if primer else fault_of(response, row.get("finish_reason", "stop"), tokenizer)
+        if is_steered(row["instruction"]):                            # it is to refuse without being told to
+            fault = "has_instruction"
+            told.append(str(row["id"]))
         if fault:
             left_out[fault] += 1
             continue
@@ -149,6 +154,9 @@ def encode_rows(rows, tokenizer, max_length, strip_cot=None, primer=None, safeke
         if safekey and (key := key_sentence(row, response, ids, tokenizer)):
             item["key"] = [len(prompt) + k for k in key]
         items.append(item)
+    if told:
+        print(inert(f"left out, as the refusal instruction still stands in the prompt: rows {', '.join(told[:10])}"
+                    + (f" and {len(told) - 10} more" if told[10:] else "")), file=sys.stderr)
     return items, left_out
 
 
@@ -602,7 +610,8 @@ def main():
     if not args.full and recipe["lora_dropout"]:                           # the masks are drawn pass by pass
         identity["pack_tokens"] = args.pack_tokens
     checkpoint, metrics = args.out / "checkpoint.safetensors", args.out / "metrics.jsonl"
-    state = load_state(checkpoint) if checkpoint.exists() else None
+    again = not metrics.exists()                                           # deleted to start again
+    state = load_state(checkpoint) if checkpoint.exists() and not again else None
     if args.dry_run:
         show = {"student": name, "data": path, "device": args.device, "pack_tokens": args.pack_tokens, **identity}
         print("\n".join(f"{key:16}{value}" for key, value in show.items()))
@@ -614,7 +623,7 @@ def main():
     print(f"train: {len(items)} rows ({n_harmful} harmful, {len(items) - n_harmful} benign), {len(steps)} steps, "
           f"{sum(q.numel() for q in trainable.values()):,} weights"
           + (f", {sum('key' in item for item in items)} rows with a key sentence" if args.safekey else "")
-          + "".join(f"; left out {n} {why}" for why, n in sorted(left_out.items())))
+          + inert("".join(f"; left out {n} {why}" for why, n in sorted(left_out.items()))))
     model.train()
     mixed = args.full and model.device.type == "cuda"
     weights = stored_bytes(t for m in {model, frozen} for t in (*m.parameters(), *m.buffers()))
@@ -629,15 +638,15 @@ def main():
     if args.dry_run:
         return print(rendered(items[steps[0][0]], tokenizer))
 
-    old, start = RowWriter(metrics).rows, 0                                # a last line that was cut is mended
-    if not old:                                                            # metrics.jsonl was deleted to start again
+    if again:
         checkpoint.unlink(missing_ok=True)
-    elif state:
+    old, start = RowWriter(metrics).rows, 0                                # a last line that was cut is mended
+    if state:
         tensors, meta = state
         if meta["identity"] != json.loads(json.dumps(identity)):
             raise InputError(f"{checkpoint} belongs to another run; delete it to start again")
         restore_checkpoint(trainable, optimizer, tensors)
-        start = meta["step"]
+        old, start = meta.get("metrics", old), meta["step"]                # the file may have lost the end of its last line
     write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in old[:start]))
     log = RowWriter(metrics)
 
@@ -654,7 +663,8 @@ def main():
                                      {key: identity[key] for key in ("model", "dtype", "template", "rows")} | {"mixed": mixed})
 
     def save(step):
-        save_state(checkpoint, checkpoint_tensors(trainable, optimizer), {"step": step, "identity": identity})
+        save_state(checkpoint, checkpoint_tensors(trainable, optimizer),
+                   {"step": step, "identity": identity, "metrics": read_rows(metrics)})
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     with tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=None) as bar:

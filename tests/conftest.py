@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -28,6 +29,33 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def tries(request):
+    """f(kind): a context in which one "fault" or "attack" is tried; it held if the block ends. Counted for the summary."""
+    counts = {}
+    request.node.user_properties.append(("trust", counts))
+
+    @contextlib.contextmanager
+    def one(kind):
+        tried = counts.setdefault(kind, [0, 0])
+        tried[0] += 1
+        yield
+        tried[1] += 1
+    return one
+
+
+def pytest_terminal_summary(terminalreporter):
+    tried, held = {}, {}
+    for report in (r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, ()) if r.when == "call"):
+        for name, value in report.user_properties:
+            for kind, (n, ok) in value.items() if name == "trust" else ():
+                tried[kind], held[kind] = tried.get(kind, 0) + n, held.get(kind, 0) + ok
+            if name == "measured":
+                terminalreporter.write_line(value)
+    if tried:
+        terminalreporter.write_line("trust: " + ", ".join(f"{held[kind]:,} of {n:,} {kind}s held" for kind, n in sorted(tried.items())))
 
 
 FAMILIES = {
@@ -90,7 +118,6 @@ def run(script, *args, cwd=ROOT, check=True, timeout=280, **kw):
 
 def call(script, *args):
     """Run a script's command line inside this process (a fresh interpreter takes seconds) -> like `run` without check."""
-    import contextlib
     import importlib
     import io
 
