@@ -5,6 +5,7 @@ Prompts -> the student's own traces, out/samples.jsonl.
     python sample.py --model Qwen/Qwen3-0.6B --prompts safechain --out runs/mine
     python sample.py --prompts strongreject.csv --label vanilla_harmful    # a file without a column of labels
     python sample.py --steer none --n 5                # no instruction: the material of rejection sampling
+    python sample.py --shard 2/4                       # a quarter of the prompts; three more processes do the others
 
 Harmful prompts are asked under a refusal instruction (--steer), benign ones plainly. A row is written
 when its trace is finished; a run that was stopped goes on where it was.
@@ -34,6 +35,7 @@ from thinksafe import (
     InputError,
     RowWriter,
     Stage,
+    add_shard_flag,
     check_trace,
     cli,
     content_id,
@@ -45,10 +47,12 @@ from thinksafe import (
     is_tiny,
     load_decoder,
     model_name,
+    owns,
     pack_ids,
     packed_attention,
     parser,
     pick_dtype,
+    read_shards,
     row_key,
     seed_value,
     split_packs,
@@ -505,6 +509,7 @@ def main():
     p.add_argument("--n", type=count, default=1, help="traces per prompt")
     p.add_argument("--limit", type=count, help="only the first LIMIT prompts")
     add_sampling_flags(p)
+    add_shard_flag(p)
     args = p.parse_args()
     args.seed = args.seed or 0
 
@@ -519,31 +524,31 @@ def main():
     print(f"prompts: {label_counts(prompts)}")
     if not args.prompts and not is_tiny(name):
         print("prompts: those of the tiny world; name yours with --prompts", file=sys.stderr)
-    writer = RowWriter(args.out / "samples.jsonl")
-    for i, row in enumerate(writer.rows, 1):
-        check_trace(row, f"{writer.path}:{i}")
-    done = {row_key(row) for row in writer.rows}
-    todo = [(row, k) for row in prompts for k in range(args.n) if (row["id"], k) not in done]
+    writer = RowWriter(stage.path)
+    done = {row_key(row) for row in read_shards(args.out / "samples.jsonl", check_trace)}
+    own = [(row, k) for row in prompts if owns(args.shard, row["id"]) for k in range(args.n)]
+    todo = [(row, k) for row, k in own if (row["id"], k) not in done]
     steer = {label: args.steer if is_harmful(label) else "none" for label in LABELS}
     ids = [encode_prompt(tokenizer, steered(row["instruction"], steer[row["prompt_label"]])) for row, _ in todo]
     keys = [f"{row['id']}/{k}" for row, k in todo]
 
-    total = len(prompts) * args.n
-    counts = Counter(row["finish_reason"] for row in writer.rows)
-    tokens = sum(row["n_tokens"] for row in writer.rows)
-    with tqdm(total=total, initial=len(done), unit="trace", desc="sample", disable=None) as bar:
+    tokens = 0
+    with tqdm(total=len(own), initial=len(own) - len(todo), unit="trace", desc="sample", disable=None) as bar:
         for c in Sampler(model, tokenizer, args.slots, args.kv_bits).generate(ids, seed=args.seed, keys=keys, **options):
             row, k = todo[c.index]
             writer.write({**row, "response": decode_response(tokenizer, c.tokens, model.eos_ids), "k": k, "seed": args.seed,
                           "steer": steer[row["prompt_label"]], "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})
-            counts[c.finish_reason] += 1
             tokens += len(c.tokens)
             bar.update()
             bar.set_postfix_str(f"{tokens / (time.time() - stage.started):,.0f} tokens/s")
+    rows = stage.all_rows("samples.jsonl", len(prompts) * args.n)
+    if rows is None:
+        return
+    counts, tokens = Counter(row["finish_reason"] for row in rows), sum(row["n_tokens"] for row in rows)
     if counts["prompt_too_long"]:
         print(f"{counts['prompt_too_long']} prompts do not fit the model's context; they have no trace", file=sys.stderr)
-    stage.finish(f"sampled {total} traces of {len(prompts)} prompts, {tokens:,} tokens", args.out / "samples.jsonl",
-                 f"python guard.py --out {args.out}", rows=total, tokens=tokens,
+    stage.finish(f"sampled {len(rows)} traces of {len(prompts)} prompts, {tokens:,} tokens", stage.paths,
+                 f"python guard.py --out {args.out}", rows=len(rows), tokens=tokens,
                  **{f"finish_{k}": v for k, v in sorted(counts.items())})
 
 

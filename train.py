@@ -8,6 +8,7 @@ out/guarded.jsonl -> the student fine-tuned on (original prompt -> own safe trac
     python train.py --dry-run              # configuration, memory plan and one example; writes nothing
     python train.py --export trl           # the rows as TRL's SFTTrainer wants them, out/trl.jsonl; no training
     python train.py --data star1           # other rows: a set of data.py, a file, or a data set of the hub
+    torchrun --nproc_per_node 4 train.py   # on four GPUs, the rows of each step spread over them
 
 Rows are packed without padding and do not see each other. The loss of a step is summed over its target
 tokens and divided by their number, however many passes it took: packing changes speed, not the loss (up to
@@ -36,14 +37,17 @@ from thinksafe import (
     RowWriter,
     Stage,
     add_lora,
+    all_reduce_,
     cli,
     content_id,
     count,
     encode_prompt,
     encode_response,
     fault_of,
+    from_rank_0,
     is_harmful,
     is_tiny,
+    join_ranks,
     load_decoder,
     load_lora,
     load_state,
@@ -59,6 +63,7 @@ from thinksafe import (
     pack_ids,
     parser,
     pick_dtype,
+    ranks,
     read_rows,
     read_run,
     replacing,
@@ -194,6 +199,8 @@ def cached_reference(path, reference, items, pack_tokens, limit, identity):
     size = sum(n) * first.shape[1] * first.element_size()
     if size > limit * 1e9:
         raise InputError(f"--cache-reference: {size / 1e9:.2f} GB are needed, {limit:g} allowed; allow more, or train without it")
+    while ranks()[0] and not path.exists():                                # rank 0 makes it, however long that takes
+        time.sleep(1)
     if path.exists():
         try:
             with safe_open(path, "pt") as f:
@@ -419,6 +426,9 @@ def main():
     p.add_argument("--seed", type=seed_value, help="of order, initial LoRA weights and dropout (default: that of sample.py)")
     args = p.parse_args()
 
+    rank, world = join_ranks(args.device)
+    if rank and (args.export or args.dry_run):
+        return
     run = read_run(args.out)
     if args.data is None and not run.get("guard", {}).get("finished"):
         raise InputError(f"{args.out}: guard.py has not finished there; run it first, or give rows with --data FILE")
@@ -428,8 +438,13 @@ def main():
     name = model_name(args.model or run["sample"]["model"])
     recipe = dict(TINY_RECIPE if is_tiny(name) else PAPER)
     recipe |= {k: getattr(args, k) for k in recipe if getattr(args, k) is not None}
-    path = args.data or args.out / "guarded.jsonl"
-    rows = training_rows(path, args.label)
+    path = args.data or args.out
+    rows = from_rank_0(None if rank else training_rows(path, args.label))
+    if args.data is None and len(rows) < run["guard"].get("rows", 0):
+        raise InputError(f"{path}: {len(rows)} of the {run['guard']['rows']} rows that guard.py wrote are there; "
+                         "run it again, or give the rows that you want with --data FILE")
+    if world > recipe["batch_size"]:
+        raise InputError(f"{world} ranks for steps of {recipe['batch_size']} rows: use fewer, or a larger --batch-size")
     if args.quantize and args.full:
         raise InputError("--quantize keeps the weights as they are and --full trains them; leave one of them out")
     if args.cache_reference and not args.kl:
@@ -460,16 +475,17 @@ def main():
     if args.kl:                                                            # read back or made again: the same up to rounding
         identity["cache_reference"] = args.cache_reference > 0
     if not args.full and recipe["lora_dropout"]:                           # the masks are drawn pass by pass
-        identity["pack_tokens"] = args.pack_tokens
+        identity |= {"pack_tokens": args.pack_tokens, "ranks": world}
     checkpoint, metrics = args.out / "checkpoint.safetensors", args.out / "metrics.jsonl"
     state = load_state(checkpoint) if checkpoint.exists() else None
     if args.dry_run:
         show = {"student": name, "data": path, "device": args.device, "pack_tokens": args.pack_tokens, **identity}
         print("\n".join(f"{key:16}{value}" for key, value in show.items()))
-    else:
+    elif not rank:
         stage = Stage("train", args, identity, "metrics.jsonl", model=name, sources=VERSIONS)
     steps = list(batches(len(items), recipe["batch_size"], recipe["epochs"], args.seed))
-    print(f"data: {label_counts(rows)}\n{overlap(rows, [TINY / 'eval.jsonl'] if is_tiny(name) else EVAL_SETS)}")
+    if not rank:
+        print(f"data: {label_counts(rows)}\n{overlap(rows, [TINY / 'eval.jsonl'] if is_tiny(name) else EVAL_SETS)}")
     n_harmful = sum(not item["benign"] for item in items)
     print(f"train: {len(items)} rows ({n_harmful} harmful, {len(items) - n_harmful} benign), {len(steps)} steps, "
           f"{sum(q.numel() for q in trainable.values()):,} weights"
@@ -477,7 +493,7 @@ def main():
     model.train()
     mixed = args.full and model.device.type == "cuda"
     weights = stored_bytes(t for m in {model, frozen} for t in (*m.parameters(), *m.buffers()))
-    packs = (pack for step in steps for pack in split_packs([items[i] for i in step], length, args.pack_tokens))
+    packs = (pack for step in steps for pack in split_packs([items[i] for i in step[rank::world]], length, args.pack_tokens))
     largest = max(packs, key=lambda pack: sum(map(length, pack)))
     plan = memory_plan(model, largest, [q.numel() for q in trainable.values()], args.optimizer,
                        kept_bytes(model, largest, mixed), args.kl)
@@ -485,17 +501,24 @@ def main():
     if args.dry_run:
         return print(rendered(items[steps[0][0]], tokenizer))
 
-    old, start = RowWriter(metrics).rows, 0                                # a last line that was cut is mended
-    if not old:                                                            # metrics.jsonl was deleted to start again
-        checkpoint.unlink(missing_ok=True)
-    elif state:
-        tensors, meta = state
-        if meta["identity"] != json.loads(json.dumps(identity)):
-            raise InputError(f"{checkpoint} belongs to another run; delete it to start again")
-        restore_checkpoint(trainable, optimizer, tensors)
-        start = meta["step"]
-    write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in old[:start]))
-    log = RowWriter(metrics)
+    meta = here = {"step": 0, "identity": json.loads(json.dumps(identity))}
+    if not rank:
+        old = RowWriter(metrics).rows                                      # a last line that was cut is mended
+        if not old:                                                        # metrics.jsonl was deleted to start again
+            checkpoint.unlink(missing_ok=True)
+        elif state:
+            meta = state[1]
+            if meta["identity"] != here["identity"]:
+                raise InputError(f"{checkpoint} belongs to another run; delete it to start again")
+        write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in old[:meta["step"]]))
+        log = RowWriter(metrics)
+    meta = from_rank_0(meta)
+    start = meta["step"]
+    if meta["identity"] != here["identity"] or start and not (state and state[1] == meta):
+        raise InputError(f"rank {rank} has another model, other flags or another {checkpoint} than rank 0; --out must be shared")
+    if start:
+        restore_checkpoint(trainable, optimizer, state[0])
+    from_rank_0(None, *(q.data for q in trainable.values()))               # initial weights of another kind of GPU may differ
 
     def reference(items):
         with torch.no_grad(), lora_off(frozen):
@@ -510,19 +533,23 @@ def main():
         save_state(checkpoint, checkpoint_tensors(trainable, optimizer), {"step": step, "identity": identity})
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    with tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=None) as bar:
+    with tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=rank > 0 or None) as bar:
         for step in range(start, len(steps)):
             began, batch = time.time(), [items[i] for i in steps[step]]
-            torch.manual_seed(args.seed * 1_000_003 + step)                    # dropout belongs to the step: resuming is exact
+            torch.manual_seed(args.seed * 1_000_003 + step + (rank << 52))     # dropout belongs to the step: resuming is exact
             n_targets = sum(len(item["ids"]) - item["n_prompt"] for item in batch)
             lr = learning_rate(step, len(steps), recipe["lr"], args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             sums = torch.zeros(3, device=args.device)
-            for part in split_packs(batch, length, args.pack_tokens):
+            for part in split_packs(batch[rank::world], length, args.pack_tokens):
                 losses = pass_loss(model, part, reference, frozen.head if frozen is not model else None, mixed)
                 (losses[0] / n_targets).backward()
                 sums += torch.stack(losses).detach()
+            if world > 1:                                                      # n_targets is that of all ranks already
+                for q in trainable.values():
+                    q.grad = torch.zeros_like(q) if q.grad is None else q.grad      # a last step may have no row for this rank
+                all_reduce_(sums, *(q.grad for q in trainable.values()))
             norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.clip).item()
             loss, ce, kl = (sums / n_targets).tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -531,12 +558,16 @@ def main():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             n_tokens = sum(len(item["ids"]) for item in batch)
+            if rank:
+                continue
             log.write({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
                        "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began))})
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / (time.time() - began):,.0f} tokens/s")
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
                 save(step + 1)
+    if rank:
+        return
     if start < len(steps):
         save(len(steps))
     if model.device.type == "cuda" and start < len(steps):
