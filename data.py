@@ -219,7 +219,8 @@ def load_rows(source):
         path = _download(source)
     elif files := shard_files(Path(source) / "guarded.jsonl"):
         VERSIONS[source] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-        return read_shards(Path(source) / "guarded.jsonl")
+        rows = read_shards(Path(source) / "guarded.jsonl")            # in guard.py's order, whatever files they are in
+        return sorted(rows, key=lambda row: (str(row.get("id")), str(row.get("k"))))
     elif Path(source).exists() or Path(source).suffix.lower() in READERS:
         path = Path(source)
     elif hub:

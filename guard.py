@@ -295,7 +295,7 @@ def main():
     if not sampled:
         raise InputError(f"{args.out}: no run record of sample.py there; run python sample.py --out {args.out} first")
     rows = read_shards(args.out / "samples.jsonl", check_trace)
-    rows.sort(key=row_key)                                     # the n traces of a prompt stand together, whatever files they are in
+    rows.sort(key=row_key)                                     # the n traces of a prompt stand together, whatever the files
     if len({row_key(row) for row in rows}) < len(rows):
         raise InputError(f"{args.out}/samples.jsonl: some id and k stand in it twice")
     if not sampled["finished"] or len(rows) < sampled.get("rows", 0):
