@@ -7,8 +7,9 @@ Prompts, training rows and benchmarks, by name or by path.
     evaluation_rows(["xstest", "gsm8k=my.jsonl"])             # for eval.py: and set; for reasoning task and answer
 
 A source is a name of SETS, a .jsonl .json .csv .tsv .parquet file or the URL of one, a data set of the Hugging
-Face hub: owner/name[:config[:split]][@revision], or the folder of a run: its guarded.jsonl, with all shards. Columns are
-recognised by their names. VERSIONS says what this process has read. Data is read; code of a data set is never run.
+Face hub: owner/name[:config[:split]][@revision], or the folder of a run: its guarded.jsonl. A file that a stage wrote in
+shards is read with all of them. Columns are recognised by their names. VERSIONS says what this process has read. Data is
+read; code of a data set is never run.
 """
 import csv
 import hashlib
@@ -214,13 +215,13 @@ def _hub_error(name, e):
 def load_rows(source):
     """Rows of a file, a URL, a run or a data set of the hub, as dicts; see the top of this file."""
     source = str(source)
+    stage = Path(source) / "guarded.jsonl" if Path(source).is_dir() else Path(source)
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]*))?(?::([\w.-]+))?(?:@([\w./-]+))?", source)
     if source.startswith(("https://", "http://")):
         path = _download(source)
-    elif files := shard_files(Path(source) / "guarded.jsonl"):
+    elif (files := shard_files(stage)) and files != [Path(source)]:
         VERSIONS[source] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-        rows = read_shards(Path(source) / "guarded.jsonl")            # in guard.py's order, whatever files they are in
-        return sorted(rows, key=lambda row: (str(row.get("id")), str(row.get("k"))))
+        return sorted(read_shards(stage), key=lambda row: (str(row.get("id")), str(row.get("k"))))      # whatever the files
     elif Path(source).exists() or Path(source).suffix.lower() in READERS:
         path = Path(source)
     elif hub:

@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -192,7 +193,7 @@ def read_rows(path):
 def shard_files(path):
     """The files that hold the rows of `path`, as far as they are there: itself, beside it those of shards (rows-1of4.jsonl)."""
     path = Path(path)
-    return [path] * path.exists() + sorted(path.parent.glob(f"{path.stem}-[0-9]*of[0-9]*{path.suffix}"))
+    return [path] * path.exists() + sorted(path.parent.glob(f"{glob.escape(path.stem)}-[0-9]*of[0-9]*{path.suffix}"))
 
 
 def read_whole_lines(path):
@@ -387,7 +388,7 @@ class Stage:
         self.name, self.out, self.started = name, args.out, time.time()
         self.shard = getattr(args, "shard", (1, 1))
         self.path = self.own(output)                              # where this process writes
-        self.paths = self.out / (output if self.shard[1] == 1 else output.replace(".", "-*of*."))         # and all together
+        self.paths = self.out / (output if self.shard[1] == 1 else output.replace(".", "-*of*."))      # and all shards
         if self.shard[1] > 1:
             print(f"shard {self.shard[0]} of {self.shard[1]} -> {self.path}")
         self.out.mkdir(parents=True, exist_ok=True)
@@ -508,7 +509,7 @@ def others_answer():
         yield
     except RuntimeError as e:
         raise InputError(f"rank {dist.get_rank()}: another rank has stopped, so this one does; the same command goes on from the "
-                         f"last checkpoint ({e})")
+                         f"last checkpoint ({str(e).split('. ')[0]})")
 
 
 def all_reduce_(*tensors):

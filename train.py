@@ -427,8 +427,6 @@ def main():
     args = p.parse_args()
 
     rank, world = join_ranks(args.device)
-    if rank and (args.export or args.dry_run):
-        return
     run = read_run(args.out)
     if args.data is None and not run.get("guard", {}).get("finished"):
         raise InputError(f"{args.out}: guard.py has not finished there; run it first, or give rows with --data FILE")
@@ -440,6 +438,8 @@ def main():
     recipe |= {k: getattr(args, k) for k in recipe if getattr(args, k) is not None}
     path = args.data or args.out
     rows = from_rank_0(None if rank else training_rows(path, args.label))
+    if rank and (args.export or args.dry_run):
+        return
     if args.data is None and len(rows) < run["guard"].get("rows", 0):
         raise InputError(f"{path}: {len(rows)} of the {run['guard']['rows']} rows that guard.py wrote are there; "
                          "run it again, or give the rows that you want with --data FILE")
