@@ -6,9 +6,10 @@ Prompts, training rows and benchmarks, by name or by path.
     training_rows("my_star1.json", "vanilla_harmful")         # for train.py: and response
     evaluation_rows(["xstest", "gsm8k=my.jsonl"])             # for eval.py: and set; for reasoning task and answer
 
-A source is a name of SETS, a .jsonl .json .csv .tsv .parquet file or the URL of one, or a data set of the Hugging
-Face hub: owner/name[:config[:split]][@revision]. Columns are recognised by their names. VERSIONS says what this
-process has read. Data is read; code of a data set is never run.
+A source is a name of SETS, a .jsonl .json .csv .tsv .parquet file or the URL of one, a data set of the Hugging
+Face hub: owner/name[:config[:split]][@revision], or the folder of a run: its guarded.jsonl. A file that a stage wrote in
+shards is read with all of them. Columns are recognised by their names. VERSIONS says what this process has read. Data is
+read; code of a data set is never run.
 """
 import csv
 import hashlib
@@ -23,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from thinksafe import LABELS, InputError, check_row, content_id, parse_row, read_rows, replacing
+from thinksafe import LABELS, InputError, check_row, content_id, parse_row, read_rows, read_shards, replacing, shard_files
 
 
 class EvalSet(NamedTuple):
@@ -214,11 +215,15 @@ def _hub_error(name, e):
 
 
 def load_rows(source):
-    """Rows of a file, a URL or a data set of the hub, as dicts; see the top of this file."""
+    """Rows of a file, a URL, a run or a data set of the hub, as dicts; see the top of this file."""
     source = str(source)
+    stage = Path(source) / "guarded.jsonl" if Path(source).is_dir() else Path(source)
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]*))?(?::([\w.-]+))?(?:@([\w./-]+))?", source)
     if source.startswith(("https://", "http://")):
         path = _download(source)
+    elif (files := shard_files(stage)) and files != [Path(source)]:
+        VERSIONS[source] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+        return sorted(read_shards(stage), key=lambda row: (str(row.get("id")), str(row.get("k"))))      # whatever the files
     elif Path(source).exists() or Path(source).suffix.lower() in READERS:
         path = Path(source)
     elif hub:

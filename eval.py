@@ -5,6 +5,7 @@ The model before and after training: harm, over-refusal and reasoning side by si
     python eval.py --prompts xstest gsm8k --n 4     # two of the benchmarks, four samples a prompt
     python eval.py --full                           # the paper's protocol: every row, 8 samples a problem, 32,768 tokens
     python eval.py --prompts my_eval.jsonl --judge Qwen/Qwen3-4B
+    python eval.py --shard 2/4                      # traces of a quarter of the prompts; the last of four processes judges all
 
 The tiny student is asked the tiny world's prompts, where an oracle knows the truth. Any other model is asked the
 paper's eight benchmarks, without --full a fixed subset of them that is to take half an hour for Qwen3-0.6B on an RTX
@@ -41,6 +42,7 @@ from thinksafe import (
     OutOfTime,
     RowWriter,
     Stage,
+    add_shard_flag,
     check_trace,
     cli,
     content_id,
@@ -57,10 +59,14 @@ from thinksafe import (
     merge_lora,
     model_name,
     opens_think,
+    owns,
     parser,
     pick_dtype,
     read_adapter,
     read_run,
+    read_shards,
+    read_whole_lines,
+    shard_files,
     split_packs,
     split_revision,
     stage_seed,
@@ -391,6 +397,7 @@ def main():
                    "guard that filtered; else self")
     p.add_argument("--limit", type=count, help="only the first LIMIT rows of each set or task")
     add_sampling_flags(p)
+    add_shard_flag(p)
     args = p.parse_args()
 
     run = read_run(args.out)
@@ -447,21 +454,24 @@ def main():
         print(f"prompts ({protocol}): " + inert(", ".join(f"{kind} {n:,}{sizes.get(kind, '')}" for kind, n in counts.items()))
               + "".join(f"; {kind}: {n} sample{'s' * (n > 1)} of up to {most:,} tokens" for kind, (n, most) in spend.items())
               + "".join(f"\nleft out: {why}" for why in left_out.values()), flush=True)
-    writer = RowWriter(args.out / "eval.jsonl")
-    of = {row["id"]: row for row in rows}
-    for i, row in enumerate(writer.rows, 1):
-        check_trace({"k": 0, **row}, f"{writer.path}:{i}")
+    writer, of = RowWriter(stage.path), {row["id"]: row for row in rows}
+
+    def check(row, where):
+        check_trace({"k": 0, **row}, where)
         if row.get("when") not in ("before", "after") or row["id"] not in of or not of[row["id"]].items() <= row.items():
-            raise InputError(f"{writer.path}:{i}: not a row of eval.py on these prompts")
-    done = {(row["id"], row["when"], row.get("k", 0)) for row in writer.rows}
-    traces = writer.rows
+            raise InputError(f"{where}: not a row of eval.py on these prompts")
+
+    def key_of(row):
+        return row["id"], row["when"], row.get("k", 0)
+    done = set(map(key_of, read_shards(args.out / "eval.jsonl", check)))
 
     def spent(row):
         return spend.get(row["set"], spend["other"])
-    total = 2 * sum(spent(row)[0] for row in rows)
-    with tqdm(total=total, initial=len(done), unit="trace", desc="eval", disable=None) as bar:
-        for when in ("before", "after"):
-            todo = [(row, k) for row in rows for k in range(spent(row)[0]) if (row["id"], when, k) not in done]
+    own = [(row, k) for row in rows if owns(args.shard, row["id"]) for k in range(spent(row)[0])]
+    missing = {when: [(row, k) for row, k in own if (row["id"], when, k) not in done] for when in ("before", "after")}
+    with tqdm(total=2 * len(own), initial=2 * len(own) - sum(map(len, missing.values())), unit="trace", desc="eval",
+              disable=None) as bar:
+        for when, todo in missing.items():
             if not todo:
                 continue
             if when == "after" and not one_load:
@@ -476,12 +486,14 @@ def main():
             with lora_off(model) if when == "before" and one_load else contextlib.nullcontext():
                 for c in Sampler(model, tokenizer, args.slots).generate(ids, limits, seed=args.seed, keys=keys, **options):
                     row, k = todo[c.index]
-                    traces.append({**row, "when": when, "k": k, "response": decode_response(tokenizer, c.tokens, model.eos_ids),
-                                   "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})
-                    writer.write(traces[-1])
+                    writer.write({**row, "when": when, "k": k, "response": decode_response(tokenizer, c.tokens, model.eos_ids),
+                                  "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})
                     bar.update()
     del model
     free_memory()
+    traces = stage.all_rows("eval.jsonl", 2 * sum(spent(row)[0] for row in rows))
+    if traces is None:
+        return
 
     judge_rows(traces, judge, guard, lambda name: load_guard(name, args.device, pick_dtype(args),
                                                              load(names["before"]) if name == "self" else None, args.quantize),
@@ -494,7 +506,10 @@ def main():
     if judge == guard:
         print(f"judged by {judge}, the guard that filtered the training data: give another --judge for a second opinion")
     summary = {when: {k: v["percent"] for k, v in figures[when].items()} for when in figures}
-    write_atomic(args.out / "eval.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in traces))
+    judged = {key_of(row): row for row in traces}
+    for path in shard_files(args.out / "eval.jsonl"):
+        mine = [judged[key_of(row)] for row in read_whole_lines(path)]
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in mine))
     asked = {"protocol": protocol if benchmarks else "rows of a file", "rows": counts, "left_out": left_out,
              "samples and tokens": spend}
     report = {"judge": judge, "guard": guard, "prompts": asked, **figures, "paper": paper}

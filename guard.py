@@ -7,6 +7,7 @@ out/samples.jsonl -> the same rows with a guard's verdict, out/guarded.jsonl.
     python guard.py --guard qwen3guard-4b llama-guard-3-8b --quantize nf4      # one after another; safe if all say so
     python guard.py --guard self                 # ask the student, yes or no: no second model; so with any other chat model
     python guard.py --keep unanimous             # of n traces per prompt keep one, if all n are safe
+    python guard.py --shard 2/4                  # a quarter of the prompts; three more processes do the others
 
 The guard judges (original instruction, full response with its reasoning) in one prefill: the logits where its
 verdict stands. Where the most likely next word is no verdict the row is `unknown`; unknown and unsafe rows are
@@ -27,6 +28,7 @@ from thinksafe import (
     InputError,
     RowWriter,
     Stage,
+    add_shard_flag,
     check_trace,
     cli,
     content_id,
@@ -45,11 +47,12 @@ from thinksafe import (
     model_name,
     number,
     opens_think,
+    owns,
     pack_ids,
     parser,
     pick_dtype,
-    read_rows,
     read_run,
+    read_shards,
     row_key,
     split_packs,
     split_revision,
@@ -308,19 +311,19 @@ def main():
     p.add_argument("--keep", choices=("safe", "unanimous"), default="safe",
                    help="safe: every safe trace; unanimous: the first trace of a prompt, if all of its n traces are safe")
     p.add_argument("--pack-tokens", type=count, default=16384, help="tokens in one prefill")
+    add_shard_flag(p)
     args = p.parse_args()
 
     sampled = read_run(args.out).get("sample")
     if not sampled:
         raise InputError(f"{args.out}: no run record of sample.py there; run python sample.py --out {args.out} first")
-    rows = read_rows(args.out / "samples.jsonl")
+    rows = read_shards(args.out / "samples.jsonl", check_trace)
     if not rows:
         raise InputError(f"{args.out}/samples.jsonl: no rows in it; run python sample.py --out {args.out} again")
-    for i, row in enumerate(rows, 1):
-        check_trace(row, f"{args.out}/samples.jsonl, row {i}")
+    rows.sort(key=row_key)                                     # the n traces of a prompt stand together, whatever the files
     if len({row_key(row) for row in rows}) < len(rows):
         raise InputError(f"{args.out}/samples.jsonl: some id and k stand in it twice")
-    if not sampled["finished"]:
+    if not sampled["finished"] or len(rows) < sampled.get("rows", 0):
         raise InputError(f"{args.out}/samples.jsonl is not complete; run the same sample.py command again first")
     names = list(dict.fromkeys(args.guard or [default_guard(sampled["model"])]))
     dtype = pick_dtype(args) or (torch.bfloat16 if torch.device(args.device).type == "cuda" else torch.float32)
@@ -332,38 +335,38 @@ def main():
                          "template": None if form.raw else template_hash(tokenizer)})
     tokenizer = load_tokenizer(find_model(sampled["model"]))
     n = sampled["identity"]["n"]                               # traces per prompt; those after the n-th are retries
-    start_again = not (args.out / "guarded.jsonl").exists()
     stage = Stage("guard", args, {
         **(identity[0] if len(names) == 1 else {"guards": identity}), "threshold": args.threshold, "keep": args.keep,
         "dtype": str(dtype), "quantize": args.quantize,
-        "samples": content_id(json.dumps([row for row in rows if row["k"] < n]))}, "guarded.jsonl", guard=names[0], guards=names)
-    writer = RowWriter(args.out / "guarded.jsonl")
-    for i, row in enumerate(writer.rows, 1):
-        check_trace(row, f"{writer.path}:{i}")
+        "samples": content_id(json.dumps([row for row in rows if row["k"] < n]))}, "guarded.jsonl", notes="verdicts.jsonl",
+        guard=names[0], guards=names)
+    writer, total = RowWriter(stage.path), len(rows)
+
+    def check(row, where):
+        check_trace(row, where)
         if row.get("response_label") not in ("safe", "unsafe", "unknown") or not {"reason", "keep"} <= row.keys() \
                 or not isinstance(row["reason"], str | None):
-            raise InputError(f"{writer.path}:{i}: not a row of guard.py")
-    judged = {row_key(row): row for row in writer.rows}
+            raise InputError(f"{where}: not a row of guard.py")
+    judged = {row_key(row): row for row in read_shards(args.out / "guarded.jsonl", check)}
     verdicts = {name: {} for name in names}                    # guard -> row_key -> Verdict
     if len(names) > 1:                                         # what all but the last say waits for it in a file of its own
-        if start_again:
-            (args.out / "verdicts.jsonl").unlink(missing_ok=True)
-        notes = RowWriter(args.out / "verdicts.jsonl")
+        notes = RowWriter(stage.own("verdicts.jsonl"))
         try:
-            for note in notes.rows:
+            for note in read_shards(args.out / "verdicts.jsonl"):
                 verdicts[note["guard"]][row_key(note)] = Verdict(*(note[key] for key in Verdict._fields))
         except KeyError as e:
             raise InputError(f"{notes.path}: not rows of guard.py ({e} is missing); delete it and guarded.jsonl to start again")
 
-    rows.sort(key=row_key)                                     # the n traces of a prompt stand together
+    rows = [row for row in rows if owns(args.shard, row["id"])]
     prompts = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["id"])]
     opened = "<think>\n" if opens_think(tokenizer) else ""     # a guard reads the whole trace, also what the template wrote of it
     for name, (form, folder) in guards.items():
         done, last = (judged, True) if name == names[-1] else (verdicts[name], False)
-        if len(done) == len(rows):
+        n_done = sum(row_key(row) in done for row in rows)
+        if n_done == len(rows):
             continue
         guard = Guard(*load_decoder(folder, args.device, dtype, args.quantize), form, name)
-        with tqdm(total=len(rows), initial=len(done), unit="trace", desc=f"guard {name}", disable=None) as bar:
+        with tqdm(total=len(rows), initial=n_done, unit="trace", desc=f"guard {name}", disable=None) as bar:
             for group in split_packs(prompts, len, 16):        # few traces at a time, so that little is lost by a stop
                 new = [row for traces in group for row in traces if row_key(row) not in done]
                 faults = [fault_of(row["response"], row["finish_reason"], tokenizer) for row in new]
@@ -390,7 +393,9 @@ def main():
         del guard                                              # its memory is the next one's
         torch.cuda.empty_cache()
 
-    done = list(judged.values())
+    done = stage.all_rows("guarded.jsonl", total)
+    if done is None:
+        return
     labels = Counter(row["response_label"] for row in done)
     why = Counter(row["reason"] for row in done if row["reason"])
     kept = Counter(row["prompt_label"] for row in done if row["keep"])
@@ -404,7 +409,7 @@ def main():
                  + "".join(f"; {n} {reason}" for reason, n in sorted(why.items()))
                  + (f"; {retried} of those kept are retries: seldom safe prompts weigh more by them" if retried else "")
                  + (f"; they agree on {several['agreed']}" if several else ""),
-                 args.out / "guarded.jsonl", f"python train.py --out {args.out}", rows=len(done), **dict(sorted(labels.items())),
+                 stage.paths, f"python train.py --out {args.out}", rows=len(done), **dict(sorted(labels.items())),
                  kept=dict(sorted(kept.items())), kept_retries=retried, unknown_because=dict(sorted(why.items())), **several)
 
 

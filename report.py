@@ -27,8 +27,9 @@ from thinksafe import (
     cli,
     content_id,
     number,
-    parse_row,
     read_run,
+    read_shards,
+    read_whole_lines,
     row_key,
     wilson,
     write_atomic,
@@ -38,21 +39,14 @@ LONGEST = 200_000                                                       # charac
 OF_PROMPT = ("id", "k", "set", "instruction", "prompt_label", "task", "answer")       # the same in all traces of a prompt
 
 
-def read_whole_lines(path):
-    """Rows of a JSONL file that a stage may still be writing, without a last line that lacks its \\n; [] if there is none."""
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")[:-1] if path.exists() else []
-    return [parse_row(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
-
-
 def read_traces(path, **kinds):
     """Rows of samples.jsonl, guarded.jsonl or eval.jsonl. kinds: what further keys must hold, else InputError with the row."""
-    rows = read_whole_lines(path)
-    for i, row in enumerate(rows, 1):
-        check_trace({"k": 0, **row}, f"{path}, row {i}")
+    def check(row, where):
+        check_trace({"k": 0, **row}, where)
         wrong = [key for key, kind in {**kinds, "p_unsafe": float | int | None}.items() if not isinstance(row.get(key), kind)]
         if wrong or row.get("when") not in (None, "before", "after"):
-            raise InputError(f"{path}, row {i}: {(wrong or ['when'])[0]} is not what a stage writes; mend or delete that line")
-    return rows
+            raise InputError(f"{where}: {(wrong or ['when'])[0]} is not what a stage writes; mend or delete that line")
+    return read_shards(path, check)
 
 
 def read_figures(out):

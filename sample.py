@@ -6,6 +6,7 @@ Prompts -> the student's own traces, out/samples.jsonl.
     python sample.py --prompts strongreject.csv --label vanilla_harmful    # a file without a column of labels
     python sample.py --steer none --n 5                # no instruction: the material of rejection sampling
     python sample.py --retries 3                       # after guard.py: once more for prompts without a kept trace
+    python sample.py --shard 2/4                       # a quarter of the prompts; three more processes do the others
 
 Harmful prompts are asked under a refusal instruction (--steer), benign ones plainly. A row is written
 when its trace is finished; a run that was stopped goes on where it was.
@@ -35,6 +36,7 @@ from thinksafe import (
     InputError,
     RowWriter,
     Stage,
+    add_shard_flag,
     check_trace,
     cli,
     content_id,
@@ -46,13 +48,14 @@ from thinksafe import (
     is_tiny,
     load_decoder,
     model_name,
+    owns,
     pack_ids,
     packed_attention,
     parser,
     pick_dtype,
     pinned,
-    read_rows,
     read_run,
+    read_shards,
     row_key,
     seed_value,
     split_packs,
@@ -522,6 +525,7 @@ def main():
                    "each prompt of which none was kept, up to N. Prompts that are seldom answered safely weigh more by it, "
                    "and of their kept traces more are the guard's mistakes")
     add_sampling_flags(p)
+    add_shard_flag(p)
     args = p.parse_args()
     args.seed = args.seed or 0
 
@@ -532,7 +536,7 @@ def main():
     judge = read_run(args.out).get("guard", {})
     if args.retries and not (judge.get("finished") and judge["arguments"]["keep"] == "safe"):
         raise InputError(f"{args.out}: --retries goes by what guard.py kept; run it first, with --keep safe")
-    guarded = read_rows(args.out / "guarded.jsonl") if args.retries else []
+    guarded = read_shards(args.out / "guarded.jsonl") if args.retries else []
     stage = Stage("sample", args, {
         "model": model.hash, "template": template_hash(tokenizer), "prompts": content_id(json.dumps(prompts)),
         "steer": args.steer, "wording": STEER[args.steer], "n": args.n, "seed": args.seed, "dtype": str(model.head.dtype),
@@ -540,35 +544,35 @@ def main():
     print(f"prompts: {label_counts(prompts)}")
     if not args.prompts and not is_tiny(name):
         print("prompts: those of the tiny world; name yours with --prompts", file=sys.stderr)
-    writer = RowWriter(args.out / "samples.jsonl")
-    for i, row in enumerate(writer.rows, 1):
-        check_trace(row, f"{writer.path}:{i}")
-    done = {row_key(row) for row in writer.rows}
-    todo = [(row, k) for row in prompts for k in range(args.n) if (row["id"], k) not in done]
+    writer = RowWriter(stage.path)
+    done = {row_key(row) for row in read_shards(args.out / "samples.jsonl", check_trace)}
+    missing = [(row, k) for row in prompts for k in range(args.n) if (row["id"], k) not in done]
     if args.retries:
-        todo += rejected(guarded, prompts, done, args.n + args.retries)
+        missing += rejected(guarded, prompts, done, args.n + args.retries)
+    todo = [(row, k) for row, k in missing if owns(args.shard, row["id"])]
     steer = {label: args.steer if is_harmful(label) else "none" for label in LABELS}
     ids = [encode_prompt(tokenizer, steered(row["instruction"], steer[row["prompt_label"]])) for row, _ in todo]
     keys = [f"{row['id']}/{k}" for row, k in todo]
 
-    total = len(done) + len(todo)
-    counts = Counter(row["finish_reason"] for row in writer.rows)
-    tokens = sum(row["n_tokens"] for row in writer.rows)
-    with tqdm(total=total, initial=len(done), unit="trace", desc="sample", disable=None) as bar:
+    tokens, n_done = 0, sum(owns(args.shard, i) for i, _ in done)
+    with tqdm(total=n_done + len(todo), initial=n_done, unit="trace", desc="sample", disable=None) as bar:
         for c in Sampler(model, tokenizer, args.slots, args.kv_bits).generate(ids, seed=args.seed, keys=keys, **options):
             row, k = todo[c.index]
             writer.write({**row, "response": decode_response(tokenizer, c.tokens, model.eos_ids), "k": k, "seed": args.seed,
                           "steer": steer[row["prompt_label"]], "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})
-            counts[c.finish_reason] += 1
             tokens += len(c.tokens)
             bar.update()
             bar.set_postfix_str(f"{tokens / (time.time() - stage.started):,.0f} tokens/s")
+    rows = stage.all_rows("samples.jsonl", len(done) + len(missing))
+    if rows is None:
+        return
+    counts, tokens = Counter(row["finish_reason"] for row in rows), sum(row["n_tokens"] for row in rows)
     if counts["prompt_too_long"]:
         print(f"{counts['prompt_too_long']} prompts do not fit the model's context; they have no trace", file=sys.stderr)
-    retried = total - len(prompts) * args.n
-    stage.finish(f"sampled {total} traces of {len(prompts)} prompts, {tokens:,} tokens"
-                 + (f"; {retried} traces are retries" if retried else ""), args.out / "samples.jsonl",
-                 f"python guard.py --out {args.out}", rows=total, tokens=tokens, retries=retried,
+    retried = len(rows) - len(prompts) * args.n
+    stage.finish(f"sampled {len(rows)} traces of {len(prompts)} prompts, {tokens:,} tokens"
+                 + (f"; {retried} traces are retries" if retried else ""), stage.paths,
+                 f"python guard.py --out {args.out}", rows=len(rows), tokens=tokens, retries=retried,
                  **{f"finish_{k}": v for k, v in sorted(counts.items())})
 
 

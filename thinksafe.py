@@ -11,9 +11,11 @@ All text travels packed: the tokens of several documents in one row of length T,
 (B+1,) = [0, end of the first, end of the second, ...]. There is no padding anywhere.
 """
 import argparse
+import atexit
 import contextlib
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -28,6 +30,7 @@ import threading
 import time
 import unicodedata
 import weakref
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +39,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -170,6 +174,8 @@ def device(name):
 def parser(doc):
     """An ArgumentParser that shows the script's own docstring, with the flags that every stage has."""
     p = Parser(description=doc, formatter_class=HelpFormatter)
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():           # torchrun: "cuda" is this process's own
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     p.add_argument("--out", type=Path, default=Path("out"), help="folder of the run, shared by all stages")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -220,6 +226,29 @@ def read_rows(path):
         raise InputError(f"{path}: cannot be read ({e.strerror})")
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return [parse_row(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def shard_files(path):
+    """The files that hold the rows of `path`, as far as they are there: itself, beside it those of shards (rows-1of4.jsonl)."""
+    path = Path(path)
+    return [path] * path.exists() + sorted(path.parent.glob(f"{glob.escape(path.stem)}-[0-9]*of[0-9]*{path.suffix}"))
+
+
+def read_whole_lines(path):
+    """Rows of a JSONL file that a stage may still be writing, without a last line that lacks its \\n; [] if there is none."""
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")[:-1] if path.exists() else []
+    return [parse_row(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_shards(path, check=None):
+    """Rows of all `shard_files` of path, as far as their lines are whole; check(row, where) may raise InputError."""
+    rows = []
+    for file in shard_files(path):
+        for i, row in enumerate(read_whole_lines(file), 1):
+            if check:
+                check(row, f"{file}, row {i}")
+            rows.append(row)
+    return rows
 
 
 class RowWriter:
@@ -349,48 +378,138 @@ def _git(*words):
         return ""
 
 
+HASHES = 2**32                    # a row belongs to a number below this
+
+
+def shard(text):
+    """An argparse type: "2/4" -> (2, 4), the second of four shards."""
+    i, n = map(int, text.split("/"))
+    if not 1 <= i <= n:
+        raise argparse.ArgumentTypeError(f"{text} is not one of 1/n, ..., n/n")
+    return i, n
+
+
+def add_shard_flag(p):
+    """--shard. Its default is what torchrun (RANK, WORLD_SIZE) or an array of Slurm jobs says in the environment, else 1/1."""
+    env, default = os.environ, "1/1"
+    if "RANK" in env and "WORLD_SIZE" in env:
+        default = f"{int(env['RANK']) + 1}/{env['WORLD_SIZE']}"
+    elif "SLURM_ARRAY_TASK_ID" in env and "SLURM_ARRAY_TASK_COUNT" in env:
+        first, by = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
+        default = f"{(int(env['SLURM_ARRAY_TASK_ID']) - first) // by + 1}/{env['SLURM_ARRAY_TASK_COUNT']}"
+    p.add_argument("--shard", type=shard, default=default, metavar="I/N", help="do the I-th of N parts of the rows, into a "
+                   "file of its own; N may change between runs. torchrun and arrays of Slurm jobs say I and N themselves")
+
+
+def shard_range(shard):
+    """The hashes [low, high) of the rows of a shard (i, n)."""
+    i, n = shard
+    return HASHES * (i - 1) // n, HASHES * i // n
+
+
+def owns(shard, row_id):
+    """Whether a row is one of the shard's: by a hash of its id alone, so that all n traces of a prompt stay together."""
+    low, high = shard_range(shard)
+    return low <= int(content_id(row_id)[:8], 16) < high
+
+
 class Stage:
     """A stage's entry in out/run.json: what it was run with, and what came of it.
 
     identity: what its output depends on. If the output exists and was made with another identity, the
     stage refuses to go on (InputError) and leaves everything as it was. facts: what later stages want to know.
-    `seconds` adds up over resumed runs, but a run that was killed could not write its own."""
+    notes: a file that is of no use without the output, and goes when that is made anew.
+    `seconds` adds up over resumed runs and shards, but a run that was killed could not write its own.
 
-    def __init__(self, name, args, identity, output, **facts):
-        self.name, self.out, self.started, self.seconds_before = name, args.out, time.time(), 0.0
+    Processes share a folder by out/.lock: each holds the bytes of it that are the hashes of its rows, so whatever shards are
+    at work at the same time, no row has two of them; a process without --shard holds all. One byte more is for taking turns.
+    These are POSIX locks: they end with their process, and shared file systems know them."""
+
+    def __init__(self, name, args, identity, output, notes=None, **facts):
+        self.name, self.out, self.started = name, args.out, time.time()
+        self.shard = getattr(args, "shard", (1, 1))
+        self.path = self.own(output)                              # where this process writes
+        self.paths = self.out / (output if self.shard[1] == 1 else output.replace(".", "-*of*."))      # and all shards
+        if self.shard[1] > 1:
+            print(f"shard {self.shard[0]} of {self.shard[1]} -> {self.path}")
         self.out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.out, os.O_RDONLY)
-        self.release = weakref.finalize(self, os.close, lock)     # the lock lasts as long as this object, or until a crash
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        self.lock = os.open(self.out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        self.release = weakref.finalize(self, os.close, self.lock)      # ends all its locks
+        low, high = shard_range(self.shard)
+        if not self.hold(low, high):
             raise InputError(f"{self.out}: another process is at work there; wait for it, or use another --out")
         identity = json.loads(json.dumps(identity))
-        old = read_run(self.out).get(name)
-        output = self.out / output
-        if output.exists():
-            if not old:
-                raise InputError(f"{output} exists, but {self.out}/run.json does not say how it was made; "
-                                 "use another --out or move it away")
-            for key in sorted(identity.keys() | old["identity"].keys()):
-                was, now = old["identity"].get(key), identity.get(key)
-                if was != now:
-                    raise InputError(f"{output} was made with {key} {was}, now it is {now}; "
-                                     f"use another --out, or delete {output} to start again")
-            self.seconds_before = old.get("seconds", 0.0)
-        self.entry = {
-            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-            "identity": identity,
-            "commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "-uno")),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}},
-            "device": torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else platform.machine(),
-            "finished": False, **facts,
-        }
-        self.save()
+        with self.turn():
+            old, made = read_run(self.out).get(name), shard_files(self.out / output)
+            for path in made[:1]:
+                if not old:
+                    raise InputError(f"{path} exists, but {self.out}/run.json does not say how it was made; "
+                                     "use another --out or move it away")
+                for key in sorted(identity.keys() | old["identity"].keys()):
+                    was, now = old["identity"].get(key), identity.get(key)
+                    if was != now:
+                        raise InputError(f"{path} was made with {key} {was}, now it is {now}; "
+                                         f"use another --out, or delete {' '.join(map(str, made))} to start again")
+            self.goes_on, self.saved = bool(made), self.started
+            self.entry = {
+                "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+                "identity": identity,
+                "commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "-uno")),
+                "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}},
+                "device": torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else platform.machine(),
+                "finished": False, **facts,
+            }
+            for path in shard_files(self.out / notes) if notes and not made else ():
+                path.unlink()
+            self.save()
+            if self.shard[1] > 1:                                 # the next shard has to compare itself with this one
+                self.path.touch()
+
+    def own(self, name):
+        """Path of this shard's own file of that name: samples.jsonl, or samples-1of4.jsonl."""
+        path, (i, n) = self.out / name, self.shard
+        return path if n == 1 else path.with_stem(f"{path.stem}-{i}of{n}")
+
+    def hold(self, low, high):
+        """Lock the bytes [low, high) -> whether no other process has one of them."""
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, high - low, low)
+            return True
+        except BlockingIOError:
+            return False
+
+    @contextlib.contextmanager
+    def turn(self):
+        """Of several shards one at a time is in such a block; the others wait for it."""
+        fcntl.lockf(self.lock, fcntl.LOCK_EX, 1, HASHES)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, HASHES)
 
     def save(self, **more):
-        self.entry.update(more, seconds=round(self.seconds_before + time.time() - self.started, 2))
-        write_atomic(self.out / "run.json", json.dumps({**read_run(self.out), self.name: self.entry}, indent=1))
+        run, now = read_run(self.out), time.time()
+        before = run[self.name]["seconds"] if self.goes_on and self.name in run else 0.0
+        self.entry.update(more, seconds=round(before + now - self.saved, 2))
+        self.goes_on, self.saved = True, now
+        write_atomic(self.out / "run.json", json.dumps({**run, self.name: self.entry}, indent=1))
+
+    def all_rows(self, output, total):
+        """All rows, when all `total` of them are there and no other shard is at work: this process is to end the stage, and has
+        the folder for itself. Else None, its lock is given up, and it has said that other shards are missing.
+
+        Rows are counted and locks given up in turns, so whoever comes last sees all."""
+        with self.turn():
+            rows = read_shards(self.out / output)
+            n = len({(*row_key(row), row.get("when")) for row in rows})
+            if n >= total and self.hold(0, HASHES):
+                return rows
+            self.save()
+            fcntl.lockf(self.lock, fcntl.LOCK_UN, HASHES)
+        i, of = self.shard
+        print(f"shard {i} of {of} is done; {n:,} of {total:,} rows are there\n  -> {self.path}\n"
+              "next: the other shards; the last one to be done ends the stage")
+        print(json.dumps({"stage": self.name, "seconds": self.entry["seconds"], "shard": f"{i}/{of}", "rows": n}), flush=True)
 
     def finish(self, did, where, next_command, **counts):
         """Record the counts and say what was done, where it is, what to run next; then one JSON line."""
@@ -398,6 +517,60 @@ class Stage:
         self.release()
         print(inert(f"{did}\n  -> {where}\nnext: {next_command}"))
         print(json.dumps({"stage": self.name, "seconds": self.entry["seconds"], **counts}), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Several processes train one model: torchrun's ranks
+
+
+def join_ranks(device):
+    """-> (rank, number of ranks) of this process, which waits for the others; (0, 1) without torchrun. Ranks but 0 print
+    nothing to stdout. InputError when the others cannot be met."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    try:                                                          # a save of rank 0 may take its time
+        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    except (ValueError, RuntimeError) as e:
+        raise InputError(f"WORLD_SIZE is set, but the other ranks cannot be met; start with torchrun ({e})")
+    atexit.register(dist.destroy_process_group)
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    return ranks()
+
+
+def ranks():
+    """(rank, number of ranks) of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def others_answer():
+    """In this block ranks wait for each other; InputError when one has stopped."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise InputError(f"rank {dist.get_rank()}: another rank has stopped, so this one does; the same command goes on from the "
+                         f"last checkpoint ({str(e).split('. ')[0]})")
+
+
+def all_reduce_(*tensors):
+    """Each tensor becomes its sum over all ranks."""
+    if ranks()[1] > 1:
+        with others_answer():
+            for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+                work.wait()
+
+
+def from_rank_0(value, *tensors):
+    """-> rank 0's value (anything that can be pickled); each tensor becomes rank 0's."""
+    if ranks()[1] == 1:
+        return value
+    values = [value]
+    with others_answer():
+        dist.broadcast_object_list(values)
+        for t in tensors:
+            dist.broadcast(t, 0)
+    return values[0]
 
 
 # ---------------------------------------------------------------------------------------------

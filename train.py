@@ -9,6 +9,7 @@ out/guarded.jsonl -> the student fine-tuned on (original prompt -> own safe trac
     python train.py --dry-run              # configuration, memory plan and one example; writes nothing
     python train.py --export trl           # the rows as TRL's SFTTrainer wants them, out/trl.jsonl; no training
     python train.py --data star1           # other rows: a set of data.py, a file, or a data set of the hub
+    torchrun --nproc_per_node 4 train.py   # on four GPUs, the rows of each step spread over them
     python train.py --strip-cot harmful    # refusals without their reasoning
     python train.py --primer --data safechain --limit 400 --epochs 4        # SafePath: the opening words alone
     python train.py --safekey --data safekey --epochs 5                     # SafeKey: two more losses
@@ -48,16 +49,19 @@ from thinksafe import (
     RowWriter,
     Stage,
     add_lora,
+    all_reduce_,
     cli,
     content_id,
     count,
     encode_prompt,
     encode_response,
     fault_of,
+    from_rank_0,
     inert,
     is_harmful,
     is_steered,
     is_tiny,
+    join_ranks,
     load_decoder,
     load_lora,
     load_state,
@@ -73,6 +77,7 @@ from thinksafe import (
     pack_ids,
     parser,
     pick_dtype,
+    ranks,
     read_rows,
     read_run,
     replacing,
@@ -299,6 +304,8 @@ def cached_reference(path, reference, items, pack_tokens, limit, identity):
     size = sum(n) * first.shape[1] * first.element_size()
     if size > limit * 1e9:
         raise InputError(f"--cache-reference: {size / 1e9:.2f} GB are needed, {limit:g} allowed; allow more, or train without it")
+    while ranks()[0] and not path.exists():                                # rank 0 makes it, however long that takes
+        time.sleep(1)
     if path.exists():
         try:
             with safe_open(path, "pt") as f:
@@ -542,6 +549,9 @@ def main():
     args = p.parse_args()
 
     check_flags(args)
+    rank, world = join_ranks(args.device)
+    if args.online and world > 1:
+        raise InputError("--online works in one process; start it without torchrun")
     run = read_run(args.out)
     if args.online:
         if args.prompts is None and not run.get("sample", {}).get("finished"):
@@ -557,8 +567,17 @@ def main():
     if args.online:
         path = args.prompts or args.out / "samples.jsonl"
     else:
-        path = args.data or args.out / "guarded.jsonl"
-    rows = (prompt_rows if args.online or args.primer else training_rows)(path, args.label)
+        path = args.data or args.out
+    checkpoint, metrics = args.out / "checkpoint.safetensors", args.out / "metrics.jsonl"
+    read = prompt_rows if args.online or args.primer else training_rows
+    rows, again = from_rank_0(None if rank else (read(path, args.label), not metrics.exists()))      # to start again
+    if rank and (args.export or args.dry_run):
+        return
+    if read is training_rows and args.data is None and len(rows) < run["guard"].get("rows", 0):
+        raise InputError(f"{path}: {len(rows)} of the {run['guard']['rows']} rows that guard.py wrote are there; "
+                         "run it again, or give the rows that you want with --data FILE")
+    if world > recipe["batch_size"]:
+        raise InputError(f"{world} ranks for steps of {recipe['batch_size']} rows: use fewer, or a larger --batch-size")
     if args.quantize and args.full:
         raise InputError("--quantize keeps the weights as they are and --full trains them; leave one of them out")
     if args.export and (args.primer or args.safekey):
@@ -608,17 +627,16 @@ def main():
     if online:
         identity |= online.identity
     if not args.full and recipe["lora_dropout"]:                           # the masks are drawn pass by pass
-        identity["pack_tokens"] = args.pack_tokens
-    checkpoint, metrics = args.out / "checkpoint.safetensors", args.out / "metrics.jsonl"
-    again = not metrics.exists()                                           # deleted to start again
+        identity |= {"pack_tokens": args.pack_tokens, "ranks": world}
     state = load_state(checkpoint) if checkpoint.exists() and not again else None
     if args.dry_run:
         show = {"student": name, "data": path, "device": args.device, "pack_tokens": args.pack_tokens, **identity}
         print("\n".join(f"{key:16}{value}" for key, value in show.items()))
-    else:
+    elif not rank:
         stage = Stage("train", args, identity, "metrics.jsonl", model=name, sources=VERSIONS)
     steps = list(batches(len(items), recipe["batch_size"], recipe["epochs"], args.seed))
-    print(f"data: {label_counts(rows)}\n{overlap(rows, [TINY / 'eval.jsonl'] if is_tiny(name) else EVAL_SETS)}")
+    if not rank:
+        print(f"data: {label_counts(rows)}\n{overlap(rows, [TINY / 'eval.jsonl'] if is_tiny(name) else EVAL_SETS)}")
     n_harmful = sum(not item["benign"] for item in items)
     print(f"train: {len(items)} rows ({n_harmful} harmful, {len(items) - n_harmful} benign), {len(steps)} steps, "
           f"{sum(q.numel() for q in trainable.values()):,} weights"
@@ -630,7 +648,7 @@ def main():
     if online:
         largest = online.largest(items, recipe["batch_size"])
     else:
-        packs = (pack for step in steps for pack in split_packs([items[i] for i in step], length, args.pack_tokens))
+        packs = (pack for step in steps for pack in split_packs([items[i] for i in step[rank::world]], length, args.pack_tokens))
         largest = max(packs, key=lambda pack: sum(map(length, pack)))
     plan = memory_plan(model, largest, [q.numel() for q in trainable.values()], args.optimizer,
                        kept_bytes(model, largest, mixed), args.kl or bool(online))
@@ -638,17 +656,25 @@ def main():
     if args.dry_run:
         return print(rendered(items[steps[0][0]], tokenizer))
 
-    if again:
-        checkpoint.unlink(missing_ok=True)
-    old, start = RowWriter(metrics).rows, 0                                # a last line that was cut is mended
-    if state:
-        tensors, meta = state
-        if meta["identity"] != json.loads(json.dumps(identity)):
-            raise InputError(f"{checkpoint} belongs to another run; delete it to start again")
-        restore_checkpoint(trainable, optimizer, tensors)
-        old, start = meta.get("metrics", old), meta["step"]                # the file may have lost the end of its last line
-    write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in old[:start]))
-    log = RowWriter(metrics)
+    meta = here = {"step": 0, "identity": json.loads(json.dumps(identity))}
+    if not rank:
+        if again:
+            checkpoint.unlink(missing_ok=True)
+        old = RowWriter(metrics).rows                                      # a last line that was cut is mended
+        if state:
+            old = state[1].get("metrics", old)                             # the file may have lost the end of its last line
+            meta = {key: state[1][key] for key in here}
+            if meta["identity"] != here["identity"]:
+                raise InputError(f"{checkpoint} belongs to another run; delete it to start again")
+        write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in old[:meta["step"]]))
+        log = RowWriter(metrics)
+    meta = from_rank_0(meta)
+    start = meta["step"]
+    if meta["identity"] != here["identity"] or start and not (state and meta.items() <= state[1].items()):
+        raise InputError(f"rank {rank} has another model, other flags or another {checkpoint} than rank 0; --out must be shared")
+    if start:
+        restore_checkpoint(trainable, optimizer, state[0])
+    from_rank_0(None, *(q.data for q in trainable.values()))               # initial weights of another kind of GPU may differ
 
     def student(items):
         return target_states(model, items)[0]
@@ -667,18 +693,18 @@ def main():
                    {"step": step, "identity": identity, "metrics": read_rows(metrics)})
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    with tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=None) as bar:
+    with tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=rank > 0 or None) as bar:
         for step in range(start, len(steps)):
             began, batch, figures = time.time(), [items[i] for i in steps[step]], {}
             if online:
                 batch, figures = online.step(batch, step, student, reference)
-            torch.manual_seed(args.seed * 1_000_003 + step)                    # dropout belongs to the step: resuming is exact
+            torch.manual_seed(args.seed * 1_000_003 + step + (rank << 52))     # dropout belongs to the step: resuming is exact
             n_targets = sum(len(item["ids"]) - item["n_prompt"] for item in batch)
             lr = learning_rate(step, len(steps), recipe["lr"], args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             sums, extra = torch.zeros(4, device=args.device), torch.zeros(2, device=args.device)
-            for part in split_packs(batch, length, args.pack_tokens):
+            for part in split_packs(batch[rank::world], length, args.pack_tokens):
                 losses = pass_loss(model, part, reference, frozen.head if frozen is not model else None, mixed,
                                    online.temperature if online else 1.0)
                 (losses[0] / n_targets).backward()
@@ -686,10 +712,14 @@ def main():
             late = args.safekey and step * recipe["epochs"] // len(steps) >= recipe["epochs"] - SAFEKEY_EPOCHS
             keyed = [item for item in batch if late and "key" in item]
             n_key = sum(item["key"][1] - item["key"][0] for item in keyed)
-            for part in split_packs(keyed, length, args.pack_tokens):
+            for part in split_packs(keyed[rank::world], length, args.pack_tokens):
                 losses = torch.stack(safekey_losses(model, heads, part, mixed)) / sums.new_tensor([n_key, len(keyed)])
                 (SAFEKEY_WEIGHT * losses.sum()).backward()
                 extra += losses.detach()
+            if world > 1:                                                      # n_targets is that of all ranks already
+                for q in trainable.values():
+                    q.grad = torch.zeros_like(q) if q.grad is None else q.grad      # a last step may have no row for this rank
+                all_reduce_(sums, extra, *(q.grad for q in trainable.values()))
             norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.clip).item()
             loss, ce, kl, reverse_kl = (sums / n_targets).tolist()
             masked_key, harm_head = extra.tolist()
@@ -705,12 +735,16 @@ def main():
             if online:
                 rest = time.time() - began - figures["sample_s"] - figures.get("guard_s", 0)
                 figures = {"reverse_kl": reverse_kl, **figures, "train_s": round(rest, 3)}
+            if rank:
+                continue
             log.write({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
                        "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began)), **figures})
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / (time.time() - began):,.0f} tokens/s")
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
                 save(step + 1)
+    if rank:
+        return
     if start < len(steps):
         save(len(steps))
     if model.device.type == "cuda" and start < len(steps) and not online:  # the sampler takes what is free
