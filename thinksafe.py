@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -252,6 +254,43 @@ def fault_of(response, finish_reason, tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------
+# Shares with intervals
+
+
+def wilson(hits, n):
+    """95% interval of a share, in percent (Wilson 1927: sane also at 0 and n)."""
+    if n == 0:
+        return 0.0, 100.0
+    z, p = 1.959964, hits / n
+    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def clustered(problems):
+    """95% interval, in percent, of the share of True in lists of bools, one list per problem: the samples of a problem are alike.
+
+    Wilson's at the effective number of samples m, for which p(1-p)/m is the cluster-robust variance of the share,
+    sum_i (hits_i - p n_i)^2 / n^2. With one sample per problem that is n; where p is 0 or 1 the problems are counted."""
+    n, hits = sum(map(len, problems)), sum(map(sum, problems))
+    if not 0 < hits < n:
+        m = len(problems)
+    else:
+        p = hits / n
+        spread = sum((sum(samples) - p * len(samples)) ** 2 for samples in problems)
+        m = min(n, p * (1 - p) * n * n / spread) if spread else n
+    return wilson(hits / n * m if n else 0, m)
+
+
+def share(problems):
+    """-> {"percent", "low", "high", "n", "unknown", "problems"} of lists of True, False or None (no verdict), one per problem."""
+    known = [[v for v in samples if v is not None] for samples in problems]
+    known = [samples for samples in known if samples]
+    n, (low, high) = sum(map(len, known)), clustered(known)
+    return {"percent": 100 * sum(map(sum, known)) / n if n else None, "low": low, "high": high,
+            "n": n, "unknown": sum(map(len, problems)) - n, "problems": len(known)}
+
+
+# ---------------------------------------------------------------------------------------------
 # Run records: out/run.json
 
 
@@ -302,10 +341,11 @@ class Stage:
 
     identity: what its output depends on. If the output exists and was made with another identity, the
     stage refuses to go on (InputError) and leaves everything as it was. facts: what later stages want to know.
-    `seconds` adds up over resumed runs, but a run that was killed could not write its own."""
+    `seconds` and `cost` add up over resumed runs; of a run that was killed its last seconds are missing."""
 
     def __init__(self, name, args, identity, output, **facts):
         self.name, self.out, self.started, self.seconds_before = name, args.out, time.time(), 0.0
+        self.cost = Counter()
         self.out.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.out, os.O_RDONLY)
         self.release = weakref.finalize(self, os.close, lock)     # the lock lasts as long as this object, or until a crash
@@ -325,7 +365,7 @@ class Stage:
                 if was != now:
                     raise InputError(f"{output} was made with {key} {was}, now it is {now}; "
                                      f"use another --out, or delete {output} to start again")
-            self.seconds_before = old.get("seconds", 0.0)
+            self.seconds_before, self.cost = old.get("seconds", 0.0), Counter(old.get("cost", {}))
         self.entry = {
             "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
             "identity": identity,
@@ -337,15 +377,24 @@ class Stage:
         self.save()
 
     def save(self, **more):
-        self.entry.update(more, seconds=round(self.seconds_before + time.time() - self.started, 2))
+        self.saved = time.time()
+        self.entry.update(more, seconds=round(self.seconds_before + self.saved - self.started, 2), cost=dict(self.cost))
         write_atomic(self.out / "run.json", json.dumps({**read_run(self.out), self.name: self.entry}, indent=1))
+
+    def spend(self, **cost):
+        """Add to what the stage has cost: flops, and tokens that were generated (`tokens`), judged (`guard_tokens`) or trained
+        on (`train_tokens`)."""
+        self.cost.update(cost)
+        if time.time() > self.saved + 10:                         # a run that is killed has its account, up to this
+            self.save()
 
     def finish(self, did, where, next_command, **counts):
         """Record the counts and say what was done, where it is, what to run next; then one JSON line."""
         self.save(finished=True, **counts)
         self.release()
         print(f"{did}\n  -> {where}\nnext: {next_command}")
-        print(json.dumps({"stage": self.name, "seconds": self.entry["seconds"], **counts}), flush=True)
+        spent = {"seconds": self.entry["seconds"], "flops": self.cost["flops"]}
+        print(json.dumps({"stage": self.name, **spent, **counts}), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -925,6 +974,13 @@ def generation_defaults(folder):
         raise InputError(f"{path}: not a JSON object")
 
 
+def free_memory():
+    """What nobody refers to any more leaves the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @contextlib.contextmanager
 def new_folder(folder):
     """Give a folder beside to fill; at the end it takes the place of `folder` by renaming, old content gone."""
@@ -1056,3 +1112,26 @@ def lora_off(model):
     finally:
         for m in layers:
             m.enabled = True
+
+
+# ---------------------------------------------------------------------------------------------
+# Cost
+
+
+def flops(model, lengths, logits, train=False):
+    """Floating-point operations of one pass over documents of these lengths (tokens), with the head at `logits` of the tokens.
+
+    A product with a matrix of N weights is 2 N a token. The linear layers have N = L (2 D d (H + Hkv) + 3 D F) of them, the
+    adapters A, the head V D. In each layer a token's scores and values with the t tokens up to itself are 4 H d t, so
+    2 H d n (n + 1) for a document of n. train: with the backward pass, which has a product for the inputs and one for the
+    weights to each of the forward pass, so 6 N in all; frozen weights need no gradient: LoRA's base has 4 N, its adapters 6 A.
+    Norms, softmax and lookups are not counted, nor is what is computed once more to save memory.
+    To sample g tokens behind a prompt of p is a pass over p + g - 1 with g logits: the cache holds what was seen."""
+    c, lengths = model.config, list(lengths)
+    linear = c.num_hidden_layers * c.hidden_size * (2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+                                                    + 3 * c.intermediate_size)
+    adapters = sum(m.lora_A.numel() + m.lora_B.numel() for m in lora_layers(model).values() if m.enabled)
+    base = 2 * (linear * sum(lengths) + c.vocab_size * c.hidden_size * logits)
+    other = 2 * adapters * sum(lengths) + c.num_hidden_layers * c.num_attention_heads * c.head_dim * sum(
+        2 * n * (n + 1) for n in lengths)
+    return base * ((3 if model.head.requires_grad else 2) if train else 1) + other * (3 if train else 1)

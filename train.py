@@ -36,6 +36,7 @@ from thinksafe import (
     encode_prompt,
     encode_response,
     fault_of,
+    flops,
     is_harmful,
     is_tiny,
     load_decoder,
@@ -309,7 +310,9 @@ def main():
 
     def reference(items):
         with torch.no_grad(), lora_off(frozen):
-            return target_states(frozen, items, mixed)[0]
+            hidden = target_states(frozen, items, mixed)[0]
+            stage.spend(flops=flops(frozen, [len(item["ids"]) for item in items], len(hidden)))
+            return hidden
     if not args.kl:
         reference = None
     elif args.cache_reference:
@@ -343,6 +346,7 @@ def main():
             n_tokens = sum(len(item["ids"]) for item in batch)
             log.write({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
                        "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began))})
+            stage.spend(train_tokens=n_tokens, flops=flops(model, [len(item["ids"]) for item in batch], n_targets, train=True))
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / (time.time() - began):,.0f} tokens/s")
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
