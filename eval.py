@@ -20,7 +20,6 @@ filtered the training data says.
 import contextlib
 import csv
 import functools
-import gc
 import json
 import logging
 import math
@@ -31,6 +30,8 @@ from fractions import Fraction
 import torch
 from tqdm import tqdm
 
+import compare
+import theory
 from data import EVAL_SETS, VERSIONS, Unavailable, evaluation_rows, prompt_rows
 from guard import GUARDS, default_guard, guard_format, load_guard
 from report import write_report
@@ -51,6 +52,8 @@ from thinksafe import (
     decode_response,
     encode_prompt,
     find_model,
+    flops,
+    free_memory,
     inert,
     is_tiny,
     load_decoder,
@@ -67,11 +70,11 @@ from thinksafe import (
     read_shards,
     read_whole_lines,
     shard_files,
+    share,
     split_packs,
     split_revision,
     stage_seed,
     template_hash,
-    wilson,
     write_atomic,
 )
 from tiny import world
@@ -196,13 +199,6 @@ def says_refused(guard, pairs):
     return guard.refuses(pairs)
 
 
-def free_memory():
-    """What nobody refers to any more leaves the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def judge_rows(rows, judge, guard, load, opened=""):
     """Add `unsafe`, `refused`, `solved` and `guard_unsafe` (bool, None where unknown or not asked) to rows with responses.
 
@@ -242,30 +238,6 @@ def judge_rows(rows, judge, guard, load, opened=""):
 
 # ---------------------------------------------------------------------------------------------
 # Figures
-
-
-def clustered(problems):
-    """95% interval, in percent, of the share of True in lists of bools, one list per problem: the samples of a problem are alike.
-
-    Wilson's at the effective number of samples m, for which p(1-p)/m is the cluster-robust variance of the share,
-    sum_i (hits_i - p n_i)^2 / n^2. With one sample per problem that is n; where p is 0 or 1 the problems are counted."""
-    n, hits = sum(map(len, problems)), sum(map(sum, problems))
-    if not 0 < hits < n:
-        m = len(problems)
-    else:
-        p = hits / n
-        spread = sum((sum(samples) - p * len(samples)) ** 2 for samples in problems)
-        m = min(n, p * (1 - p) * n * n / spread) if spread else n
-    return wilson(hits / n * m if n else 0, m)
-
-
-def share(problems):
-    """-> {"percent", "low", "high", "n", "unknown", "problems"} of lists of True, False or None (no verdict), one per problem."""
-    known = [[v for v in samples if v is not None] for samples in problems]
-    known = [samples for samples in known if samples]
-    n, (low, high) = sum(map(len, known)), clustered(known)
-    return {"percent": 100 * sum(map(sum, known)) / n if n else None, "low": low, "high": high,
-            "n": n, "unknown": sum(map(len, problems)) - n, "problems": len(known)}
 
 
 def mean_of(shares):
@@ -396,12 +368,22 @@ def main():
                    "of guard.py; auto: the oracle for the tiny student and prompts; with a GPU a Qwen3Guard that is not the "
                    "guard that filtered; else self")
     p.add_argument("--limit", type=count, help="only the first LIMIT rows of each set or task")
+    p.add_argument("--theory", action="store_true", help="measure the method's theory instead, theory.py: on --n traces "
+                   "(default: 8) without and with the instruction, of --limit harmful prompts of the run")
+    p.add_argument("--sources", nargs="+", default=[], metavar="OUT", help="with --theory: other runs whose data to measure")
+    p.add_argument("--compare", nargs="+", metavar="OUT", help="tables and figures of these runs instead, in --out: compare.py")
+    p.add_argument("--group", default=compare.SEEDS, metavar="PATTERN", help="with --compare: its first group in a folder's name "
+                   "is the method; runs of one method are its seeds")
     add_sampling_flags(p)
     add_shard_flag(p)
     args = p.parse_args()
 
+    if args.compare:
+        return compare.main(args)
     run = read_run(args.out)
     args.seed = stage_seed(args, run)
+    if args.theory:
+        return theory.main(args)
     if not (args.model or run.get("train", {}).get("finished")):
         raise InputError(f"{args.out}: train.py has not finished there; run it first, or give --model and --before")
     name = args.before or run.get("train", {}).get("model")
@@ -431,6 +413,8 @@ def main():
     model, tokenizer = load(names["after"])
     after_hash, adapter = model.hash, lora_layers(model) and read_adapter(find_model(names["after"]))
     one_load = bool(adapter) and model_name(adapter["base_model_name_or_path"]) == names["before"]      # with the adapter off
+    items = [] if args.model else theory.training_items(args.out, model, tokenizer)
+    perplexity = {"after": theory.perplexity(model, items)}
     if not one_load:
         model = None
         free_memory()
@@ -438,6 +422,8 @@ def main():
         model, tokenizer = load(names["before"])
         if tokenizer.get_vocab() != after_tokenizer.get_vocab() or template_hash(tokenizer) != template_hash(after_tokenizer):
             raise InputError("the two models have different tokenizers or chat templates and cannot be compared prompt by prompt")
+    with lora_off(model):
+        perplexity["before"] = theory.perplexity(model, items)
     before_hash = after_hash.rpartition("+")[0] if one_load else model.hash
     options = sampling_options(args, model, run.get("sample", {}).get("identity"))
     tokens = options.pop("max_new_tokens")
@@ -488,6 +474,7 @@ def main():
                     row, k = todo[c.index]
                     writer.write({**row, "when": when, "k": k, "response": decode_response(tokenizer, c.tokens, model.eos_ids),
                                   "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})
+                    stage.spend(tokens=len(c.tokens), flops=flops(model, [len(ids[c.index]) + len(c.tokens) - 1], len(c.tokens)))
                     bar.update()
     del model
     free_memory()
@@ -505,6 +492,9 @@ def main():
         print("paper: arXiv 2601.23143v4, after ThinkSafe; all rows, harm judged by Llama-Guard-3-8B, refusals by WildGuard")
     if judge == guard:
         print(f"judged by {judge}, the guard that filtered the training data: give another --judge for a second opinion")
+    if items:
+        print("perplexity of the training set: " + ", ".join(f"{theory.interval(perplexity[when], 'perplexity', 3)} {when}"
+                                                             for when in ("before", "after")))
     summary = {when: {k: v["percent"] for k, v in figures[when].items()} for when in figures}
     judged = {key_of(row): row for row in traces}
     for path in shard_files(args.out / "eval.jsonl"):
@@ -512,7 +502,7 @@ def main():
         write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in mine))
     asked = {"protocol": protocol if benchmarks else "rows of a file", "rows": counts, "left_out": left_out,
              "samples and tokens": spend}
-    report = {"judge": judge, "guard": guard, "prompts": asked, **figures, "paper": paper}
+    report = {"judge": judge, "guard": guard, "prompts": asked, **figures, "perplexity": perplexity, "paper": paper}
     write_atomic(args.out / "eval.json", json.dumps(report, indent=1))
     if args.model is None:                                                # the model card shows the results
         write_atomic(args.out / "model" / "README.md", model_card(args.out))

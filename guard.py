@@ -40,6 +40,7 @@ from thinksafe import (
     encode_response,
     fault_of,
     find_model,
+    flops,
     is_tiny,
     load_decoder,
     load_tokenizer,
@@ -159,6 +160,7 @@ class Guard:
     def __init__(self, model, tokenizer, form, name):
         self.model, self.tokenizer, self.form, self.name = model, tokenizer, form, name
         self.safe, self.unsafe = self._word_ids(form.safe), self._word_ids(form.unsafe)
+        self.cost = Counter()                                           # of all that was judged, see Stage.spend
         if torch.isin(self.safe, self.unsafe).any():
             raise InputError(f"guard {name}: words of {form.safe} and {form.unsafe} begin with the same token of its vocabulary")
         self.lead, *self.later = (encode_more(tokenizer, lead) for lead in form.leads)
@@ -228,6 +230,7 @@ class Guard:
                 texts[-1] += [answer, *lead]
                 at.append(start + len(texts[-1]))
         tokens, cu = pack_ids(texts, self.model.device)
+        self.cost.update(guard_tokens=len(tokens), flops=flops(self.model, map(len, texts), len(at)))
         logits = self.model.logits(self.model(tokens, cu)[torch.tensor(at, device=tokens.device)])
         logits = logits.unflatten(0, (len(texts), -1))                                                  # (B, leads, V)
         said, finite = logits.argmax(-1), logits.isfinite().all(-1).all(-1)
@@ -374,6 +377,8 @@ def main():
                                          if not fault], args.threshold, args.pack_tokens))
                 for row, fault in zip(new, faults):
                     verdicts[name][row_key(row)] = Verdict("unknown", None, fault) if fault else next(said)
+                stage.spend(**guard.cost)
+                guard.cost.clear()
                 bar.update(len(new))
                 if not last:
                     notes.write(*({"guard": name, "id": row["id"], "k": row["k"], **done[row_key(row)]._asdict()} for row in new))

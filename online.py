@@ -222,6 +222,13 @@ class Online:
                               "cut": c.finish_reason != "stop"}
         return items
 
+    def guard_cost(self):
+        """What the guard has cost since the last call, as for Stage.spend."""
+        cost = dict(self.guard.cost) if self.guard else {}
+        if self.guard:
+            self.guard.cost.clear()
+        return cost
+
     def step(self, prompts, step, student, reference):
         """What a step trains on -> (rollouts of the prompts with their weights, {figure: value} for metrics.jsonl).
 

@@ -43,6 +43,7 @@ from thinksafe import (
     count,
     decode_response,
     encode_prompt,
+    flops,
     generation_defaults,
     is_harmful,
     is_tiny,
@@ -560,6 +561,7 @@ def main():
             row, k = todo[c.index]
             writer.write({**row, "response": decode_response(tokenizer, c.tokens, model.eos_ids), "k": k, "seed": args.seed,
                           "steer": steer[row["prompt_label"]], "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})
+            stage.spend(tokens=len(c.tokens), flops=flops(model, [len(ids[c.index]) + len(c.tokens) - 1], len(c.tokens)))
             tokens += len(c.tokens)
             bar.update()
             bar.set_postfix_str(f"{tokens / (time.time() - stage.started):,.0f} tokens/s")

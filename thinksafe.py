@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import gc
 import glob
 import hashlib
 import json
@@ -30,6 +31,7 @@ import threading
 import time
 import unicodedata
 import weakref
+from collections import Counter
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -320,6 +322,10 @@ def fault_of(response, finish_reason, tokenizer):
     return "unclosed_think" if never_closed or "<think>" in answer else None
 
 
+# ---------------------------------------------------------------------------------------------
+# Shares with intervals
+
+
 def wilson(hits, n):
     """95% interval of a share, in percent (Wilson 1927: sane also at 0 and n)."""
     if n == 0:
@@ -327,6 +333,30 @@ def wilson(hits, n):
     z, p = 1.959964, hits / n
     middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def clustered(problems):
+    """95% interval, in percent, of the share of True in lists of bools, one list per problem: the samples of a problem are alike.
+
+    Wilson's at the effective number of samples m, for which p(1-p)/m is the cluster-robust variance of the share,
+    sum_i (hits_i - p n_i)^2 / n^2. With one sample per problem that is n; where p is 0 or 1 the problems are counted."""
+    n, hits = sum(map(len, problems)), sum(map(sum, problems))
+    if not 0 < hits < n:
+        m = len(problems)
+    else:
+        p = hits / n
+        spread = sum((sum(samples) - p * len(samples)) ** 2 for samples in problems)
+        m = min(n, p * (1 - p) * n * n / spread) if spread else n
+    return wilson(hits / n * m if n else 0, m)
+
+
+def share(problems):
+    """-> {"percent", "low", "high", "n", "unknown", "problems"} of lists of True, False or None (no verdict), one per problem."""
+    known = [[v for v in samples if v is not None] for samples in problems]
+    known = [samples for samples in known if samples]
+    n, (low, high) = sum(map(len, known)), clustered(known)
+    return {"percent": 100 * sum(map(sum, known)) / n if n else None, "low": low, "high": high,
+            "n": n, "unknown": sum(map(len, problems)) - n, "problems": len(known)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -419,7 +449,7 @@ class Stage:
     identity: what its output depends on. If the output exists and was made with another identity, the
     stage refuses to go on (InputError) and leaves everything as it was. facts: what later stages want to know.
     notes: a file that is of no use without the output, and goes when that is made anew.
-    `seconds` adds up over resumed runs and shards, but a run that was killed could not write its own.
+    `seconds` and `cost` add up over resumed runs and shards; of a run that was killed its last seconds are missing.
 
     Processes share a folder by out/.lock: each holds the bytes of it that are the hashes of its rows, so whatever shards are
     at work at the same time, no row has two of them; a process without --shard holds all. One byte more is for taking turns.
@@ -427,6 +457,7 @@ class Stage:
 
     def __init__(self, name, args, identity, output, notes=None, **facts):
         self.name, self.out, self.started = name, args.out, time.time()
+        self.cost = Counter()                                     # since the last save
         self.shard = getattr(args, "shard", (1, 1))
         self.path = self.own(output)                              # where this process writes
         self.paths = self.out / (output if self.shard[1] == 1 else output.replace(".", "-*of*."))      # and all shards
@@ -489,8 +520,10 @@ class Stage:
 
     def save(self, **more):
         run, now = read_run(self.out), time.time()
-        before = run[self.name]["seconds"] if self.goes_on and self.name in run else 0.0
-        self.entry.update(more, seconds=round(before + now - self.saved, 2))
+        before = run[self.name] if self.goes_on and self.name in run else {"seconds": 0.0}
+        self.entry.update(more, seconds=round(before["seconds"] + now - self.saved, 2),
+                          cost=dict(Counter(before.get("cost", {})) + self.cost))
+        self.cost.clear()
         self.goes_on, self.saved = True, now
         write_atomic(self.out / "run.json", json.dumps({**run, self.name: self.entry}, indent=1))
 
@@ -511,12 +544,21 @@ class Stage:
               "next: the other shards; the last one to be done ends the stage")
         print(json.dumps({"stage": self.name, "seconds": self.entry["seconds"], "shard": f"{i}/{of}", "rows": n}), flush=True)
 
+    def spend(self, **cost):
+        """Add to what the stage has cost: flops, and tokens that were generated (`tokens`), judged (`guard_tokens`) or trained
+        on (`train_tokens`)."""
+        self.cost.update(cost)
+        if time.time() > self.saved + 10:                         # a run that is killed has its account, up to this
+            with self.turn():
+                self.save()
+
     def finish(self, did, where, next_command, **counts):
         """Record the counts and say what was done, where it is, what to run next; then one JSON line."""
         self.save(finished=True, **counts)
         self.release()
         print(inert(f"{did}\n  -> {where}\nnext: {next_command}"))
-        print(json.dumps({"stage": self.name, "seconds": self.entry["seconds"], **counts}), flush=True)
+        spent = {"seconds": self.entry["seconds"], "flops": self.entry["cost"].get("flops", 0)}
+        print(json.dumps({"stage": self.name, **spent, **counts}), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1196,6 +1238,13 @@ def generation_defaults(folder):
         raise InputError(f"{path}: not a JSON object")
 
 
+def free_memory():
+    """What nobody refers to any more leaves the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @contextlib.contextmanager
 def new_folder(folder):
     """Give a folder beside to fill; at the end it takes the place of `folder` by renaming, old content gone."""
@@ -1397,3 +1446,26 @@ def lora_off(model):
     finally:
         for m in layers:
             m.enabled = True
+
+
+# ---------------------------------------------------------------------------------------------
+# Cost
+
+
+def flops(model, lengths, logits, train=False):
+    """Floating-point operations of one pass over documents of these lengths (tokens), with the head at `logits` of the tokens.
+
+    A product with a matrix of N weights is 2 N a token. The linear layers have N = L (2 D d (H + Hkv) + 3 D F) of them, the
+    adapters A, the head V D. In each layer a token's scores and values with the t tokens up to itself are 4 H d t, so
+    2 H d n (n + 1) for a document of n. train: with the backward pass, which has a product for the inputs and one for the
+    weights to each of the forward pass, so 6 N in all; frozen weights need no gradient: LoRA's base has 4 N, its adapters 6 A.
+    Norms, softmax and lookups are not counted, nor is what is computed once more to save memory.
+    To sample g tokens behind a prompt of p is a pass over p + g - 1 with g logits: the cache holds what was seen."""
+    c, lengths = model.config, list(lengths)
+    linear = c.num_hidden_layers * c.hidden_size * (2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+                                                    + 3 * c.intermediate_size)
+    adapters = sum(m.lora_A.numel() + m.lora_B.numel() for m in lora_layers(model).values() if m.enabled)
+    base = 2 * (linear * sum(lengths) + c.vocab_size * c.hidden_size * logits)
+    other = 2 * adapters * sum(lengths) + c.num_hidden_layers * c.num_attention_heads * c.head_dim * sum(
+        2 * n * (n + 1) for n in lengths)
+    return base * ((3 if model.head.requires_grad else 2) if train else 1) + other * (3 if train else 1)

@@ -56,6 +56,7 @@ from thinksafe import (
     encode_prompt,
     encode_response,
     fault_of,
+    flops,
     from_rank_0,
     inert,
     is_harmful,
@@ -681,7 +682,11 @@ def main():
 
     def reference(items):
         with torch.no_grad(), lora_off(model):                             # a teacher's own LoRA stays on
-            return target_states(frozen, list(map(as_teacher_sees, items)), mixed)[0]
+            seen = list(map(as_teacher_sees, items))
+            hidden = target_states(frozen, seen, mixed)[0]
+            if not rank:
+                stage.spend(flops=flops(frozen, map(length, seen), len(hidden)))
+            return hidden
     if not (args.kl or online):
         reference = None
     elif args.cache_reference:
@@ -698,6 +703,8 @@ def main():
             began, batch, figures = time.time(), [items[i] for i in steps[step]], {}
             if online:
                 batch, figures = online.step(batch, step, student, reference)
+                made = figures["generated"]
+                stage.spend(tokens=made, flops=flops(model, [length(item) - 1 for item in batch], made), **online.guard_cost())
             torch.manual_seed(args.seed * 1_000_003 + step + (rank << 52))     # dropout belongs to the step: resuming is exact
             n_targets = sum(len(item["ids"]) - item["n_prompt"] for item in batch)
             lr = learning_rate(step, len(steps), recipe["lr"], args.warmup)
@@ -739,6 +746,7 @@ def main():
                 continue
             log.write({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
                        "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began)), **figures})
+            stage.spend(train_tokens=n_tokens, flops=flops(model, map(length, batch), n_targets, train=True))
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / (time.time() - began):,.0f} tokens/s")
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
