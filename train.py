@@ -78,6 +78,7 @@ from thinksafe import (
     pack_ids,
     parser,
     pick_dtype,
+    pinned,
     ranks,
     read_rows,
     read_run,
@@ -587,6 +588,7 @@ def main():
         raise InputError("--cache-reference keeps the reference of --kl, which is not asked for")
     dtype = torch.float32 if args.full else pick_dtype(args)               # bf16 weights would lose steps of 1e-5
     model, tokenizer = load_decoder(name, args.device, dtype, args.quantize)
+    name = pinned(name, model)
     if lora_layers(model):
         raise InputError(f"{name} is an adapter; merge it first (train.py --merge), or train its base model")
     online = Online(args, run, recipe, model, tokenizer) if args.online else None
