@@ -680,7 +680,9 @@ def main():
     from_rank_0(None, *(q.data for q in trainable.values()))               # initial weights of another kind of GPU may differ
 
     def student(items):
-        return target_states(model, items)[0]
+        hidden = target_states(model, items)[0]
+        stage.spend(flops=flops(model, map(length, items), len(hidden)))
+        return hidden
 
     def reference(items):
         with torch.no_grad(), lora_off(model):                             # a teacher's own LoRA stays on
@@ -706,7 +708,8 @@ def main():
             if online:
                 batch, figures = online.step(batch, step, student, reference)
                 made = figures["generated"]
-                stage.spend(tokens=made, flops=flops(model, [length(item) - 1 for item in batch], made), **online.guard_cost())
+                stage.spend(tokens=made, flops=flops(model, [length(item) - 1 for item in batch], made))
+                stage.spend(**online.guard_cost())                             # flops too, so apart
             torch.manual_seed(args.seed * 1_000_003 + step + (rank << 52))     # dropout belongs to the step: resuming is exact
             n_targets = sum(len(item["ids"]) - item["n_prompt"] for item in batch)
             lr = learning_rate(step, len(steps), recipe["lr"], args.warmup)
