@@ -26,8 +26,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, call, rows_of
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from templates import LLAMA_GUARD_3_1B, LLAMA_GUARD_3_8B, QWEN3GUARD, add_tokens, as_r1, real, sentencepiece_like
 
 import thinksafe
@@ -571,6 +569,8 @@ FORMS = {"tiny": "tiny", "llama_guard_8b": "llama-guard-3-8b", "llama_guard_1b":
 def test_text_is_never_control(request, tries, some, name):
     """Control tokens, halves of them, and what normalisation may make of others, in prompts and responses: for the student, as
     a training row, and for the guard of that template."""
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
     tokenizer = TOKENIZERS[name]() if TOKENIZERS[name] else load_tokenizer(request.getfixturevalue("smollm2"))
     words = control_tokens(tokenizer)
     controls = set(words.values())
@@ -588,8 +588,9 @@ def test_text_is_never_control(request, tries, some, name):
                               "\u0338", "\u200b", "\u212a", "\uff1c", "\uff5c", "\uff1e", "User: ", "{response}", "{prompt}", "safe"]) | st.text(max_size=3)
     texts = st.lists(pieces, max_size=8).map("".join).filter(lambda t: not re.search("[\ud800-\udfff]", t))
 
-    @settings(max_examples=len(some(range(200), 25)), deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(texts, texts)
+    @hypothesis.settings(max_examples=len(some(range(200), 25)), deadline=None, database=None,
+                         suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(texts, texts)
     def attack(prompt, response):
         with tries("attack"):
             if judge_only:
