@@ -360,7 +360,7 @@ class Sampler:
             self.graph_pool = self.graph_pool or graph.pool()
             self.graphs[n, reach] = graph
         if (self.picked[:self.busy] == NOT_FOUND).any():       # seldom: the whole vocabulary for those who wait
-            self._step(n, reach)
+            self._step(n, reach + 1)                           # one more than the window
 
     # ---- the loop
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU: correctness, then the loss, the attention, the sampler and the training loop at the shape
 # of Qwen3-0.6B. Random weights, no download. One step that fails does not stop the others. Their limits are generous,
-# 16 minutes in all: where a machine is lent for less, name the steps of a visit.
+# 16 minutes in all, and are not meant to be used up; steps can be named.
 #
 #     bash runs/gpu.sh [FOLDER [STEP...]]     # logs and figures into FOLDER (default out/gpu); what was seen is kept in runs/gpu.md
 #
