@@ -78,20 +78,20 @@ def read_runs(folders, pattern):
             report = json.loads((folder / "eval.json").read_text("utf-8"))
             after, before = (shares_of(report[when], report.get("perplexity", {}).get("before") if when == "after" else None)
                              for when in ("after", "before"))
-            student = Path(run.get("train", {}).get("model") or run["eval"]["arguments"]["before"]).name
+            student = Path(run["eval"]["arguments"].get("before") or run["train"]["model"]).name
             students[student, run["eval"]["identity"]["seed"]] = before
+            if (folder / "theory.json").exists():
+                theories[folder.name] = json.loads((folder / "theory.json").read_text("utf-8"))
         except FileNotFoundError:
             raise InputError(f"{folder}: no eval.json to compare; run python eval.py --out {folder} first")
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{folder}/eval.json: not figures of eval.py; run it again")
+            raise InputError(f"{folder}: eval.json or theory.json is not what eval.py writes; run it again")
         name = pattern.fullmatch(folder.name)
         methods[name[1] if name else folder.name].append(after | cost_of(run))
         judges.add(report["judge"])
         for when, words in ("before", "paper: before"), ("after", "paper: ThinkSafe"):
             if report.get("paper", {}).get(when):
                 paper[f"{words}, {student}"] = [{key: {"value": value} for key, value in report["paper"][when].items()}]
-        if (folder / "theory.json").exists():
-            theories[folder.name] = json.loads((folder / "theory.json").read_text("utf-8"))
     if len(judges) > 1:
         print(f"the runs have different judges ({', '.join(sorted(judges))}): their harm is not the same measure")
     groups = {f"{name}, before": [x for (its, _), x in students.items() if its == name] for name, _ in students}

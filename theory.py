@@ -378,14 +378,15 @@ def table(report):
             line(name, [interval(x["acceptance"][arm]) for x in by.values()], 26)
     line("prompts with no accepted trace", [x["never"] for x in by.values()], 26)
     line("tilt omega", [interval(x["tilt"], "omega", 0) for x in by.values()], 26)
-    words = {"rmse": "error of alpha_I by omega, rms", "noise": "  if it were right", "constant": "  of one alpha_I for all"}
+    words = {"rmse": "rms error of alpha_I from omega", "noise": "  if omega were right", "constant": "  of one alpha_I for all"}
     for key, name in words.items():
         line(name, [f"{x['calibration'][key]:.3f}" for x in by.values()], 26)
     for x in first["calibration"]["bins"]:
         line(f"    {x['accepted']} of {x['of']} accepted ({x['prompts']} prompts)",
              [f"predicted {x['predicted']:.1f}", f"seen {interval(x['seen'])}"], 26)
-    test = first["label_only"]
-    lines.append("")
+    fit, test = first["calibration"], first["label_only"]
+    says = "better" if fit["rmse"] < fit["constant"] else "no better"
+    lines += [f"omega tells prompts apart {says} than one alpha_I for all.", ""]
     line("log p(y|I,x) - log p(y|x), nats", ["mean", "sd within prompts", "sd across", "traces"], 18)
     for kind, x in test["kinds"].items():
         cells = ["-" if x[key] is None else f"{x[key]:.2f}" for key in ("mean", "within", "across")]

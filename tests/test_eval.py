@@ -15,7 +15,6 @@ from conftest import ROOT, call, rows_of
 
 import eval as stage
 from eval import (
-    clustered,
     default_judge,
     figures_of,
     final_answer,
@@ -28,10 +27,9 @@ from eval import (
     read_evaluation,
     share,
     table,
-    wilson,
 )
 from guard import Verdict
-from thinksafe import InputError, add_lora, load_decoder, lora_layers, save_lora
+from thinksafe import InputError, add_lora, clustered, load_decoder, lora_layers, save_lora, wilson
 
 DATA = Path(os.environ.get("THINKSAFE_DATA", ROOT.parent / "shared" / "data"))
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, call, rows_of, run
+from conftest import ROOT, call, rows_of
 
 import theory
 from sample import Sampler, pick_tokens
@@ -266,7 +266,7 @@ def small(tmp_path_factory):
     """A small trained run -> its folder."""
     out = tmp_path_factory.mktemp("small") / "out"
     for script, *flags in (("sample.py", "--limit", 60), ("guard.py",), ("train.py", "--epochs", 1)):
-        run(script, "--out", out, *flags)
+        assert call(script, "--out", out, *flags).returncode == 0
     return out
 
 
