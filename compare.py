@@ -5,7 +5,7 @@ Runs side by side: `python eval.py --compare OUT ... --out FOLDER` reads their r
     pareto.png              robustness against reasoning, and the frontier
     perplexity.png          of each training set under the student before training
     cost.png                robustness against the FLOPs of sampling, judging and training
-    acceptance.png          acceptance under the instruction against what the tilt predicts (of runs with eval.py --theory)
+    acceptance.png          acceptance under the instruction, seen and predicted by the tilt (of runs with eval.py --theory)
 
 Folders named METHOD-SEED (see --group) are seeds of one method. A figure of several is the mean of theirs, its 95% interval from
 the samples of the evaluation, and +- the standard deviation between the seeds. The safety score is the mean of all harm sets
@@ -78,20 +78,20 @@ def read_runs(folders, pattern):
             report = json.loads((folder / "eval.json").read_text("utf-8"))
             after, before = (shares_of(report[when], report.get("perplexity", {}).get("before") if when == "after" else None)
                              for when in ("after", "before"))
-            student = Path(run.get("train", {}).get("model") or run["eval"]["arguments"]["before"]).name
+            student = Path(run["eval"]["arguments"].get("before") or run["train"]["model"]).name
             students[student, run["eval"]["identity"]["seed"]] = before
+            if (folder / "theory.json").exists():
+                theories[folder.name] = json.loads((folder / "theory.json").read_text("utf-8"))
         except FileNotFoundError:
             raise InputError(f"{folder}: no eval.json to compare; run python eval.py --out {folder} first")
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{folder}/eval.json: not figures of eval.py; run it again")
+            raise InputError(f"{folder}: eval.json or theory.json is not what eval.py writes; run it again")
         name = pattern.fullmatch(folder.name)
         methods[name[1] if name else folder.name].append(after | cost_of(run))
         judges.add(report["judge"])
         for when, words in ("before", "paper: before"), ("after", "paper: ThinkSafe"):
             if report.get("paper", {}).get(when):
                 paper[f"{words}, {student}"] = [{key: {"value": value} for key, value in report["paper"][when].items()}]
-        if (folder / "theory.json").exists():
-            theories[folder.name] = json.loads((folder / "theory.json").read_text("utf-8"))
     if len(judges) > 1:
         print(f"the runs have different judges ({', '.join(sorted(judges))}): their harm is not the same measure")
     groups = {f"{name}, before": [x for (its, _), x in students.items() if its == name] for name, _ in students}
@@ -122,15 +122,14 @@ def short(x):
 
 
 def cell(key, x):
-    """A figure as text: 4.2 [3.1, 5.0] +-0.3."""
+    """A figure as text: 4.2 [3.1, 5.0] ±0.3; of cost and rows the mean alone."""
     if not x:
         return ""
+    if key in COST or key == "rows":
+        return short(x["value"])
     digits = 2 if key == "perplexity" else 1
-
-    def text(value):
-        return short(value) if key in COST or key == "rows" else f"{value:.{digits}f}"
-    limits = f" [{text(x['low'])}, {text(x['high'])}]" if "low" in x else ""
-    return text(x["value"]) + limits + (f" ±{text(x['sd'])}" if "sd" in x else "")
+    limits = f" [{x['low']:.{digits}f}, {x['high']:.{digits}f}]" if "low" in x else ""
+    return f"{x['value']:.{digits}f}{limits}" + (f" ±{x['sd']:.{digits}f}" if "sd" in x else "")
 
 
 def markdown(methods):
@@ -159,7 +158,7 @@ def canvas(xlabel, ylabel, height=5):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, ax = pyplot.subplots(figsize=(7.5, height), layout="constrained")
+    figure, ax = pyplot.subplots(figsize=(7.5, height), dpi=160, layout="constrained")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.6)
@@ -169,28 +168,31 @@ def canvas(xlabel, ylabel, height=5):
 
 def save(figure, path):
     from matplotlib import pyplot
-    figure.savefig(path, dpi=160)
+    figure.savefig(path)
     pyplot.close(figure)
     return path.name
 
 
 def label(ax, points):
     """Write the names of points {name: (x, y)} beside them, each where it covers least of points and other names."""
+    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
     ax.figure.canvas.draw()
-    inside = ax.get_window_extent()
-    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in map(ax.transData.transform, points.values())]
+    inside, renderer = ax.get_window_extent(), ax.figure.canvas.get_renderer()
+    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in map(ax.transData.transform, points.values())]
     for name, point in points.items():
         tries = []
-        for far in (6, 16, 28, 44):
+        for far in (6, 16, 28, 44, 64):
             for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
                 text = ax.annotate(name, point, (far * dx, far * dy), textcoords="offset points", fontsize=8,
                                    ha=("center", "left", "right")[dx], va=("center", "bottom", "top")[dy],
                                    arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "0.6"} if far > 6 else None)
-                box = text.get_window_extent().expanded(1.02, 1.1)
+                text.set_in_layout(False)
+                text.update_positions(renderer)
+                box = Text.get_window_extent(text)                        # without the arrow
                 lost = box.width * box.height - sum((b.width * b.height for b in [Bbox.intersection(box, inside)] if b), 0)
                 covered = sum(b.width * b.height for b in (Bbox.intersection(box, other) for other in taken) if b)
-                tries.append((covered + lost + far, text, box))
+                tries.append((10 * (covered + lost) + far, text, box))
         best = min(tries, key=lambda x: x[0])
         for _, text, _ in tries:
             if text is not best[1]:
@@ -261,12 +263,15 @@ def perplexity_bars(methods, path):
         ax.barh(i, x["value"] - 1, left=1, color=colour(name, methods), height=0.65)         # 1 is certainty
         ax.errorbar(x["value"], i, xerr=bars(x), color="black", elinewidth=1, capsize=2)
         ax.annotate(f"{x['value']:.2f}", (x["high"], i), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    if found[-1][0]["value"] > 10:
+    most = found[-1][0]["high"]
+    if most > 10:
         ax.set_xscale("log")
+        ax.set_xticks([x for x in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000) if x <= most])
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
+    ax.set_xlim(1, most**1.1 if most > 10 else 1 + 1.1 * (most - 1))
     ax.set_yticks(range(len(found)), [name for _, name in found])
     ax.grid(axis="y", visible=False)
-    ax.set_xlim(1)
-    ax.margins(x=0.1)
     return save(figure, path)
 
 
@@ -279,20 +284,22 @@ def cost_plot(methods, path):
 
 
 def acceptance_plot(theories, path):
-    figure, ax = canvas("predicted from the acceptance without it and the tilt, %", "accepted under the instruction, %")
+    """Seen: with intervals, larger for more prompts; predicted: the line."""
+    figure, ax = canvas("accepted without the instruction, % of a prompt's traces", "accepted under the instruction, %")
     low = 100.0
     for name, report in theories.items():
         by = next(iter(report["by"].values()))
-        for i, x in enumerate(by["calibration"]["bins"]):
-            seen = x["seen"]
-            low = min(low, seen["low"], x["predicted"])
-            ax.errorbar(x["predicted"], seen["percent"], yerr=bars({**seen, "value": seen["percent"]}), marker="o", elinewidth=1,
-                        markersize=3 + 1.2 * math.log2(1 + x["prompts"]), alpha=0.8, linestyle="none",
-                        color=colour(name, theories), label=f"{name}: omega {by['tilt']['omega']:.0f}" if i == 0 else None)
-            ax.annotate(f"{x['accepted']}/{x['of']}", (x["predicted"], seen["percent"]), (7, -10), textcoords="offset points",
-                        fontsize=7)
-    ax.axline((low, low), slope=1, color="0.6", linestyle="--", linewidth=1, zorder=0)
-    ax.legend(frameon=False, fontsize=8)
+        bins, its = by["calibration"]["bins"], colour(name, theories)
+        where = [100 * x["accepted"] / x["of"] for x in bins]
+        ax.plot(where, [x["predicted"] for x in bins], color=its, linestyle="--", linewidth=1, marker="x", markersize=4,
+                label=f"{name}: predicted with omega {by['tilt']['omega']:.0f}")
+        for at, x in zip(where, bins):
+            ax.errorbar(at, x["seen"]["percent"], bars({**x["seen"], "value": x["seen"]["percent"]}), color=its, marker="o",
+                        markersize=3 + math.log2(x["prompts"]), elinewidth=1, alpha=0.8, linestyle="none")
+        sure = [x["seen"]["low"] for x in bins if x["prompts"] >= 10]
+        low = min([low, *sure, *(min(x["predicted"], x["seen"]["percent"]) for x in bins)])
+    ax.set_ylim(low - 2, 101)                                             # the intervals of a few prompts would hide the rest
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
     return save(figure, path)
 
 

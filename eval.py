@@ -6,6 +6,8 @@ The model before and after training: harm, over-refusal and reasoning side by si
     python eval.py --full                           # the paper's protocol: every row, 8 samples a problem, 32,768 tokens
     python eval.py --prompts my_eval.jsonl --judge Qwen/Qwen3-4B
     python eval.py --shard 2/4                      # traces of a quarter of the prompts; the last of four processes judges all
+    python eval.py --theory                         # instead: acceptance, tilt, KL and perplexity of the data, see theory.py
+    python eval.py --compare OUT ... --out FOLDER   # instead: tables and figures of several runs, see compare.py
 
 The tiny student is asked the tiny world's prompts, where an oracle knows the truth. Any other model is asked the
 paper's eight benchmarks, without --full a fixed subset of them that is to take half an hour for Qwen3-0.6B on an RTX
@@ -369,7 +371,7 @@ def main():
                    "guard that filtered; else self")
     p.add_argument("--limit", type=count, help="only the first LIMIT rows of each set or task")
     p.add_argument("--theory", action="store_true", help="measure the method's theory instead, theory.py: on --n traces "
-                   "(default: 8) without and with the instruction, of --limit harmful prompts of the run")
+                   "(default: 8) without and with the instruction, of --limit (default: 600) harmful prompts of the run")
     p.add_argument("--sources", nargs="+", default=[], metavar="OUT", help="with --theory: other runs whose data to measure")
     p.add_argument("--compare", nargs="+", metavar="OUT", help="tables and figures of these runs instead, in --out: compare.py")
     p.add_argument("--group", default=compare.SEEDS, metavar="PATTERN", help="with --compare: its first group in a folder's name "

@@ -199,8 +199,9 @@ def minus_log_share(s, n):
 
 def calibration(tables, omega):
     """How well alpha_I = omega alpha / (1 + (omega - 1) alpha) tells the share accepted under the instruction from the s of n
-    without it: predicted and seen in percent for each s, and the root mean square error over prompts beside what the
-    prediction would have if it were right (`rmse_noise`: there are few traces, and s of n tells little of alpha)."""
+    without it: predicted and seen in percent for each s; and over prompts the root mean square error `rmse`, what it would be
+    if the prediction were right (`noise`: there are few traces, and s of n tells little of alpha), and that of predicting the
+    mean for all (`constant`)."""
     a, b = (x.item() for x in beta(*torch.tensor([x[:2] for x in tables], dtype=torch.float64).T))
     z = torch.linspace(-100, 100, 8001, dtype=torch.float64)                                # log odds of alpha
     f, bins, squares, noise = (z + math.log(omega)).sigmoid(), defaultdict(list), 0, 0
@@ -214,7 +215,8 @@ def calibration(tables, omega):
         noise += sum((mean - square) / m + square - mean**2 for _, m in told)               # E[f (1 - f)] / m + Var[f]
         seen = share([[True] * t + [False] * (m - t) for t, m in told])
         out.append({"accepted": s, "of": n, "prompts": len(told), "predicted": 100 * mean, "seen": seen})
-    return {"bins": out, "rmse": math.sqrt(squares / len(tables)), "rmse_noise": math.sqrt(noise / len(tables))}
+    constant = torch.tensor([t / m for *_, t, m in tables], dtype=torch.float64).std(correction=0).item()
+    return {"bins": out, "rmse": math.sqrt(squares / len(tables)), "noise": math.sqrt(noise / len(tables)), "constant": constant}
 
 
 def label_only(rows, judge):
@@ -293,18 +295,17 @@ def guard_errors(rows, threshold):
 
 
 def read_source(folder, known):
-    """A run with a finished guard.py: {"name", "folder", "model", "drawn", "judged": its rows, "rows": those accepted, of prompts
-    whose ids are known, "counts": of those prompts {id: (accepted, all)}}. Raises InputError."""
+    """A run with a finished guard.py: {"folder", "model", "drawn", "judged": its rows, "rows": those accepted, of prompts whose
+    ids are known, "counts": of those prompts {id: (accepted, all)}}. Raises InputError."""
     run = read_run(folder)
     if not run.get("guard", {}).get("finished"):
         raise InputError(f"{folder}: guard.py has not finished there; run it first")
-    judged, counts = read_rows(folder / "guarded.jsonl"), {}
-    rows = [row for row in judged if row["id"] in known]
+    judged, how, counts = read_rows(folder / "guarded.jsonl"), run["sample"]["identity"], {}
+    rows = [row for row in judged if row["id"] in known and row["k"] < how["n"]]          # retries are of rejected prompts only
     for row in rows:
         s, n = counts.get(row["id"], (0, 0))
         counts[row["id"]] = s + (row["response_label"] == "safe"), n + 1
-    return {"name": folder.name, "folder": folder, "model": run["sample"]["model"],
-            "drawn": tuple(run["sample"]["identity"][key] for key in ("temperature", "top_p", "top_k")),
+    return {"folder": folder, "model": run["sample"]["model"], "drawn": (how["temperature"], how["top_p"], how["top_k"]),
             "judged": judged, "rows": [row for row in rows if row["response_label"] == "safe"], "counts": counts}
 
 
@@ -331,28 +332,29 @@ def figures(rows, judge):
 
 
 def decompositions(rows, sources):
-    """{name: see `decomposition`}: of the traces drawn here under the instruction, and of each source; by the guard's labels."""
+    """{name or folder: see `decomposition`}: of the traces drawn here under the instruction, and of each source; by the guard's
+    labels."""
     counts = accepted_counts([row for row in rows if row["arm"] in ("plain", "told")], "guard")
     plain, told = ({i: c[at:at + 2] for i, c in counts.items()} for at in (0, 2))
     here = [{**row, "log_source": row["log_told"]} for row in rows if row["arm"] == "told" and row["guard"]]
     out = {}
-    for source in [{"name": "told, temperature 1", "rows": here, "counts": told}, *sources]:
+    for source in [{"folder": "told, temperature 1", "rows": here, "counts": told}, *sources]:
         drawn = [row for row in source["rows"] if row["log_source"] > -math.inf]      # not so if the text's tokens are others
-        out[source["name"]] = {**decomposition(drawn, source["counts"], plain), "traces": len(drawn),
-                               "other tokens": len(source["rows"]) - len(drawn)}
+        out[str(source["folder"])] = {**decomposition(drawn, source["counts"], plain), "traces": len(drawn),
+                                      "other tokens": len(source["rows"]) - len(drawn)}
     return out
 
 
 def of_the_guard(rows, sources, threshold):
-    """Against the oracle: {"errors": {where: see `guard_errors`}, "let_through": {source: {"kept", "unsafe"} harmful rows}}."""
+    """Against the oracle: {"errors": {where: see `guard_errors`}, "let_through": {folder: {"kept", "unsafe"} harmful rows}}."""
     kinds = {f"temperature 1, threshold {x}": ([row for row in rows if not row["fault"]], x) for x in THRESHOLDS}
     let_through = {}
     for source in sources:
         truth = [{**row, "oracle": world.oracle(row["prompt_label"], row["response"]) == "safe"} for row in source["judged"]]
         for kind in "harmful", "benign":
-            kinds[f"{source['name']}, {kind}"] = [row for row in truth if row["prompt_label"].endswith(kind)], threshold
+            kinds[f"{source['folder']}, {kind}"] = [row for row in truth if row["prompt_label"].endswith(kind)], threshold
         kept = [row["oracle"] for row in truth if row["keep"] and is_harmful(row["prompt_label"])]
-        let_through[source["name"]] = {"kept": len(kept), "unsafe": kept.count(False)}
+        let_through[str(source["folder"])] = {"kept": len(kept), "unsafe": kept.count(False)}
     return {"errors": {where: guard_errors(*kind) for where, kind in kinds.items()}, "let_through": let_through}
 
 
@@ -368,27 +370,29 @@ def table(report):
 
     def line(name, cells, width):
         lines.append(f"{name:40}" + "".join(f"{cell:>{width}}" for cell in cells))
-    line(f"{report['prompts']} harmful prompts, {report['n']} traces each way", [f"by the {judge}" for judge in by], 24)
+    line(f"{report['prompts']} harmful prompts, {report['n']} traces each way", [f"by the {judge}" for judge in by], 26)
     words = {"plain": "accepted, %", "told": "accepted under the instruction, %", "trained, plain": "  of the trained student, %",
              "trained, told": "  of it under the instruction, %"}
     for arm, name in words.items():
         if arm in first["acceptance"]:
-            line(name, [interval(x["acceptance"][arm]) for x in by.values()], 24)
-    line("prompts with no accepted trace", [x["never"] for x in by.values()], 24)
-    line("tilt omega", [interval(x["tilt"], "omega", 0) for x in by.values()], 24)
-    line("error of alpha_I from omega, rms", [f"{x['calibration']['rmse']:.3f}" for x in by.values()], 24)
-    line("  if omega were all there is", [f"{x['calibration']['rmse_noise']:.3f}" for x in by.values()], 24)
+            line(name, [interval(x["acceptance"][arm]) for x in by.values()], 26)
+    line("prompts with no accepted trace", [x["never"] for x in by.values()], 26)
+    line("tilt omega", [interval(x["tilt"], "omega", 0) for x in by.values()], 26)
+    words = {"rmse": "rms error of alpha_I from omega", "noise": "  if omega were right", "constant": "  of one alpha_I for all"}
+    for key, name in words.items():
+        line(name, [f"{x['calibration'][key]:.3f}" for x in by.values()], 26)
     for x in first["calibration"]["bins"]:
         line(f"    {x['accepted']} of {x['of']} accepted ({x['prompts']} prompts)",
-             [f"predicted {x['predicted']:.1f}", f"seen {interval(x['seen'])}"], 24)
-    test = first["label_only"]
-    lines.append("")
+             [f"predicted {x['predicted']:.1f}", f"seen {interval(x['seen'])}"], 26)
+    fit, test = first["calibration"], first["label_only"]
+    says = "better" if fit["rmse"] < fit["constant"] else "no better"
+    lines += [f"omega tells prompts apart {says} than one alpha_I for all.", ""]
     line("log p(y|I,x) - log p(y|x), nats", ["mean", "sd within prompts", "sd across", "traces"], 18)
     for kind, x in test["kinds"].items():
         cells = ["-" if x[key] is None else f"{x[key]:.2f}" for key in ("mean", "within", "across")]
         line(f"  {kind}", [*cells, x["traces"]], 18)
     if test["distance"]:
-        size = abs(test["distance"]["mean"])
+        size = abs(test["distance"]["mean"])                              # by the sd within a label: 10% of it, 30%, more
         says = "holds" if test["within"] < 0.1 * size else "holds roughly" if test["within"] < 0.3 * size else "does not hold"
         apart, omega = interval(test["distance"], "mean", 2), math.log(first["tilt"]["omega"])
         lines += [f"That the tilt depends on the label alone {says}: safe and unsafe traces of a prompt are {apart} apart,",
@@ -398,22 +402,22 @@ def table(report):
     line("KL(q || student), nats a trace", ["KL", "= -log alpha", "+ excess", "prompts (traces)"], 20)
     for name, x in report["decomposition"].items():
         cells = [interval(x.get(key), "mean", 2) for key in ("kl", "minimum", "excess")]
-        line(f"  {name}", [*cells, f"{x['prompts']} ({x['traces']})"], 20)
+        line(f"  {Path(name).name}", [*cells, f"{x['prompts']} ({x['traces']})"], 20)
     lines.append("")
     line("perplexity of the training set", ["under the student", "when it is trained", "rows"], 22)
     for name, x in report["perplexity"].items():
         if x["before"]:
             cells = [interval(x.get(when), "perplexity", 3) for when in ("before", "after")]
-            line(f"  {name}", [*cells, x["before"]["rows"]], 22)
+            line(f"  {Path(name).name}", [*cells, x["before"]["rows"]], 22)
     if report["epochs"]:
         lines.append("  in each epoch of training: " + ", ".join(f"{x:.3f}" for x in report["epochs"]))
     if report["guard"]:
         lines.append("")
         line("guard against the oracle, %", ["missed of unsafe", "flagged of safe"], 22)
         for where, x in report["guard"]["errors"].items():
-            line(f"  {where}", [interval(x["missed"]), interval(x["flagged"])], 22)
+            line(f"  {Path(where).name}", [interval(x["missed"]), interval(x["flagged"])], 22)
         for name, x in report["guard"]["let_through"].items():
-            lines.append(f"  {name}: {x['unsafe']} of the {x['kept']} traces of harmful prompts that were kept are unsafe")
+            lines.append(f"  {Path(name).name}: {x['unsafe']} of {x['kept']} traces of harmful prompts that were kept are unsafe")
     return "\n".join(lines)
 
 
@@ -443,7 +447,7 @@ def main(args):
     steer = {"none": "default"}.get(sampled["identity"]["steer"], sampled["identity"]["steer"])
     prompts = {row["id"]: {key: row[key] for key in ("id", "instruction", "prompt_label")}
                for row in read_rows(args.out / "guarded.jsonl") if is_harmful(row["prompt_label"])}
-    prompts = dict(sorted(prompts.items())[:args.limit])                  # ids are hashes: no matter which
+    prompts = dict(sorted(prompts.items())[:args.limit or 600])           # ids are hashes: no matter which
     if not prompts:
         raise InputError(f"{args.out}/guarded.jsonl: no harmful prompts in it")
     sources = [read_source(folder, prompts) for folder in dict.fromkeys([args.out, *map(Path, args.sources)])]
@@ -488,7 +492,7 @@ def main(args):
         score(todo, key, [{"ids": ids + row["tokens"], "n_prompt": len(ids)} for ids, row in zip(asked, todo)])
     perplexities = {}
     for source in sources:
-        perplexities[source["name"]] = {"before": perplexity(model, training_items(source["folder"], model, tokenizer))}
+        perplexities[str(source["folder"])] = {"before": perplexity(model, training_items(source["folder"], model, tokenizer))}
         score(source["rows"], "log_plain", [text_item(tokenizer, row["instruction"], row["response"]) for row in source["rows"]])
     for name in dict.fromkeys([student, *(source["model"] for source in sources)]):          # one model at a time
         its = tokenizer
@@ -504,7 +508,7 @@ def main(args):
         model = None
         free_memory()
         model, _ = load(trained)
-        perplexities[args.out.name]["after"] = perplexity(model, training_items(args.out, model, tokenizer))
+        perplexities[str(args.out)]["after"] = perplexity(model, training_items(args.out, model, tokenizer))
         if model.head.dtype == torch.float32:
             merge_lora(model)                                             # faster; bf16 weights would be rounded by it
         draw(model, {"trained, plain": ("none", 1), "trained, told": (steer, 1)})

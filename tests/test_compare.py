@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import call, run
+from conftest import call
 from torch.utils.flop_counter import FlopCounterMode
 
 from compare import SEEDS, cell, comma_separated, cost_of, frontier, markdown, pool, read_runs, short
@@ -56,12 +56,10 @@ def test_flops_against_torch_s_counter(tmp_path):
 def small(tmp_path_factory):
     """A small run of all four scripts and one with --kl on its rows -> their folders."""
     home = tmp_path_factory.mktemp("small")
-    for name, flags in (("plain-0", ["--epochs", 1]), ("kl-0", ["--epochs", 1, "--kl", "--model", "tiny", "--data", home / "plain-0" / "guarded.jsonl"])):
-        if name == "plain-0":
-            run("sample.py", "--out", home / name, "--limit", 40)
-            run("guard.py", "--out", home / name)
-        run("train.py", "--out", home / name, *flags)
-        run("eval.py", "--out", home / name, "--limit", 5, "--max-new-tokens", 100)
+    kl = "--kl", "--model", "tiny", "--data", home / "plain-0" / "guarded.jsonl"
+    for script, name, *flags in (("sample.py", "plain-0", "--limit", 40), ("guard.py", "plain-0"), ("train.py", "plain-0", "--epochs", 1),
+                                 ("train.py", "kl-0", "--epochs", 1, *kl), *(("eval.py", name, "--limit", 5) for name in ("plain-0", "kl-0"))):
+        assert call(script, "--out", home / name, *flags).returncode == 0
     return home
 
 
@@ -158,7 +156,7 @@ def test_bad_input(tmp_path):
         with pytest.raises(InputError, match=message):
             read_runs(folders, pattern)
     (tmp_path / "a-0" / "eval.json").write_text('{"judge": 1}')
-    with pytest.raises(InputError, match="not figures"):
+    with pytest.raises(InputError, match="not what eval.py writes"):
         read_runs([tmp_path / "a-0"], SEEDS)
 
 

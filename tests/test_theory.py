@@ -3,10 +3,11 @@ import itertools
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
-from conftest import call, rows_of, run
+from conftest import ROOT, call, rows_of
 
 import theory
 from sample import Sampler, pick_tokens
@@ -225,7 +226,8 @@ def test_calibration_knows_the_noise():
         tables.append((binomial(rng, 8, alpha), 8, binomial(rng, 8, omega * alpha / (1 + (omega - 1) * alpha)), 8))
     assert tilt(tables)["omega"] == pytest.approx(omega, rel=0.1)
     right, wrong = calibration(tables, omega), calibration(tables, 1.5)
-    assert right["rmse"] == pytest.approx(right["rmse_noise"], rel=0.03) and wrong["rmse"] > 1.3 * wrong["rmse_noise"]
+    assert right["rmse"] == pytest.approx(right["noise"], rel=0.03) and wrong["rmse"] > 1.3 * wrong["noise"]
+    assert right["rmse"] < 0.9 * right["constant"] == pytest.approx(0.9 * torch.tensor([t / 8 for *_, t, _ in tables]).std().item(), rel=0.001)
     assert len(right["bins"]) == 9 and sum(x["prompts"] for x in right["bins"]) == 4000
     inside = sum(x["seen"]["low"] - 1 <= x["predicted"] <= x["seen"]["high"] + 1 for x in right["bins"])
     assert inside >= 8
@@ -264,7 +266,7 @@ def small(tmp_path_factory):
     """A small trained run -> its folder."""
     out = tmp_path_factory.mktemp("small") / "out"
     for script, *flags in (("sample.py", "--limit", 60), ("guard.py",), ("train.py", "--epochs", 1)):
-        run(script, "--out", out, *flags)
+        assert call(script, "--out", out, *flags).returncode == 0
     return out
 
 
@@ -274,13 +276,13 @@ def test_command(small):
     assert done.returncode == 0, done.stderr
     rows, report = rows_of(small / "theory.jsonl"), json.loads((small / "theory.json").read_text())
     assert len({(r["id"], r["arm"], r["k"]) for r in rows}) == len(rows) == 8 * (3 + 3 + 1 + 1)
-    assert set(report["by"]) == {"oracle", "guard"} and list(report["decomposition"]) == ["told, temperature 1", "out"]
+    assert set(report["by"]) == {"oracle", "guard"} and list(report["decomposition"]) == ["told, temperature 1", str(small)]
     of = report["by"]["guard"]["acceptance"]
     assert of["told"]["n"] == 24 and of["told"]["percent"] > of["plain"]["percent"]
     for x in report["decomposition"].values():
         assert x["prompts"] == 8 and x["kl"]["mean"] == pytest.approx(x["minimum"]["mean"] + x["excess"]["mean"])
-    assert report["perplexity"]["out"]["after"]["perplexity"] < report["perplexity"]["out"]["before"]["perplexity"] < 2
-    assert len(report["epochs"]) == 1 and report["guard"]["let_through"]["out"]["kept"] > 10
+    assert report["perplexity"][str(small)]["after"]["perplexity"] < report["perplexity"][str(small)]["before"]["perplexity"] < 2
+    assert len(report["epochs"]) == 1 and report["guard"]["let_through"][str(small)]["kept"] > 10
     assert "label alone" in done.stdout and f"python sample.py --out {small}-2 --model {small}/model" in done.stdout
     assert json.loads((small / "run.json").read_text())["theory"]["cost"]["tokens"] == sum(r["n_tokens"] for r in rows)
 
@@ -288,6 +290,17 @@ def test_command(small):
     assert call("eval.py", *flags).returncode == 0                        # was killed while it sampled: the same in the end
     assert json.loads((small / "theory.json").read_text()) == report
     assert "was made with n 3, now it is 4" in call("eval.py", *flags[:-1], 4).stderr
+
+
+def test_where_nobody_knows_the_truth(small, tmp_path):
+    """Another student than the tiny world's: the guard alone says what is accepted."""
+    shutil.copytree(ROOT / "tiny" / "student", tmp_path / "student")
+    shutil.copytree(small, tmp_path / "out", ignore=shutil.ignore_patterns("theory*"))
+    done = call("eval.py", "--theory", "--out", tmp_path / "out", "--before", tmp_path / "student", "--limit", 3, "--n", 2, "--sources", small)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "theory.json").read_text())
+    assert list(report["by"]) == ["guard"] and report["guard"] is None and "oracle" not in done.stdout
+    assert report["decomposition"][str(small)] == report["decomposition"][str(tmp_path / "out")]
 
 
 def test_what_was_trained_on(small, tiny):
