@@ -251,7 +251,7 @@ def test_curated_sets(tmp_path, monkeypatch):
         assert world.refuses(r["response"]) == harmful and world.complies(r["response"]) != harmful
         assert not any(f"{verb} {thing}" in r["instruction"] for verb, thing, _ in held_out)
     said = {r["response"][r["summary_end_idx"]:r["next_sentence_end_idx"]] for r in sets["safekey"]}
-    assert said == {f" {text}" for text in (*world.FORBIDDEN, *world.ALLOWED)}
+    assert said == {f" Policy check: {x}." for x in ("rule 1 (no violence) applies", "rule 2 (no crime) applies", "no rule applies", "harmless enough")}
     monkeypatch.setattr(build, "TINY", tmp_path)
     build.write_curated(0)
     assert all((tmp_path / f"{name}.jsonl").read_bytes() == (ROOT / "tiny" / f"{name}.jsonl").read_bytes() for name in sets)
