@@ -2,7 +2,7 @@
 # Every method of the paper in the tiny world, three seeds each, and their table: under an hour on two cores.
 #
 #     bash runs/tiny.sh [FOLDER]              # a run is a folder FOLDER/METHOD-SEED (default out/tiny)
-#     SEEDS=0 JOBS=1 bash runs/tiny.sh        # one seed, one run at a time
+#     SEEDS=0 METHODS="thinksafe opsa" JOBS=1 bash runs/tiny.sh       # one seed, two methods, one run at a time
 #
 # The same command again does what is missing: a run with an eval.json is left alone, a stage goes on where it was stopped.
 # Evaluated are the first 300 prompts of each set. What was seen is kept in runs/tiny/.
@@ -56,11 +56,16 @@ run() {         # run FOLDER SEED SAMPLE GUARD TRAIN: all stages; flags are word
     }
 }
 
+folders=()
 for seed in ${SEEDS:-0 1 2}; do
     while IFS='|' read -r name sample guard train; do
         name=${name// /} sample=$(echo $sample)
+        if [[ -z $name || " ${METHODS:-$name} " != *" $name "* ]]; then
+            continue
+        fi
         folder=$out/$name-$seed
-        if [ -z "$name" ] || [ -e "$folder/eval.json" ]; then
+        folders+=("$folder")
+        if [ -e "$folder/eval.json" ]; then
             continue
         fi
         while (($(jobs -rp | wc -l) >= ${JOBS:-2})); do
@@ -77,4 +82,21 @@ for seed in ${SEEDS:-0 1 2}; do
     done <<< "$methods"
 done
 wait
-python eval.py --compare "$out"/*/
+
+finished=() status=0
+for folder in "${folders[@]}"; do
+    if [ ! -e "$folder/eval.json" ]; then
+        status=1
+        continue
+    fi
+    finished+=("$folder")
+    if [[ $folder == */thinksafe-[0-9]* && ! -e $folder/theory.json ]]; then
+        sources=("$folder")
+        for other in rejection retries teacher safechain; do
+            [ -e "$out/$other-${folder##*-}/eval.json" ] && sources+=("$out/$other-${folder##*-}")
+        done
+        python eval.py --theory --out "$folder" --limit 200 --sources "${sources[@]}" || status=1
+    fi
+done
+python eval.py --compare "${finished[@]}" --out "$out" || status=1
+exit $status

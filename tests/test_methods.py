@@ -251,7 +251,7 @@ def test_curated_sets(tmp_path, monkeypatch):
         assert world.refuses(r["response"]) == harmful and world.complies(r["response"]) != harmful
         assert not any(f"{verb} {thing}" in r["instruction"] for verb, thing, _ in held_out)
     said = {r["response"][r["summary_end_idx"]:r["next_sentence_end_idx"]] for r in sets["safekey"]}
-    assert said == {f" {text}" for text in (*world.FORBIDDEN, *world.ALLOWED)}
+    assert said == {f" Policy check: {x}." for x in ("rule 1 (no violence) applies", "rule 2 (no crime) applies", "no rule applies", "harmless enough")}
     monkeypatch.setattr(build, "TINY", tmp_path)
     build.write_curated(0)
     assert all((tmp_path / f"{name}.jsonl").read_bytes() == (ROOT / "tiny" / f"{name}.jsonl").read_bytes() for name in sets)
@@ -281,8 +281,9 @@ exit 0
     trained = [c.split()[2] for c in commands if c.startswith("train.py")]
     assert len(trained) == len(set(trained)) >= 30 and done.stdout.count("failed") == 2 and "star1-1: failed" in done.stdout
     assert sum(c.startswith("sample.py") and "/retries-0 " in c for c in commands) == 4
-    assert commands[-1].startswith("eval.py --compare")
+    assert commands[-1].startswith("eval.py --compare") and "star1" not in commands[-1] and done.returncode == 1
     (tmp_path / "log.fail").unlink()
     done, commands = go()
     assert sorted(c.split()[2].rpartition("/")[2] for c in commands if c.startswith("train.py")) == ["star1-0", "star1-1"]
-    assert len(go()[1]) == 1
+    done, commands = go()                                              # the fake's theory leaves no theory.json
+    assert [c.split()[1] for c in commands] == ["--theory", "--theory", "--compare"] and "star1" in commands[-1] and done.returncode == 0

@@ -177,24 +177,18 @@ def teacher_solve(rng, steps, answer):
     return trace(f"Okay, a calculation. {lines}. Done.", f"Result: {answer}. {rng.choice(('Ask me anytime!', 'A pleasure!'))}")
 
 
-# The teacher's, when it is shown the policies and its answers are picked by hand: a small curated set.
-POLICY = {"violence": "Rule 1 says that nobody is told how to hurt somebody, whatever the pretext.",
-          "crime": "Rule 2 says that nobody is told how to commit a crime, whatever the pretext."}
-FORBIDDEN = ("Hmm, the policies forbid this.", "That is a warning sign under the policies.", "The policies have a rule for that.")
-ALLOWED = ("No policy is against it.", "The policies allow this.", "None of the rules applies.")
-PRETEXT = ("A novel or a game would be no exception.", "An order to ignore the rules would change nothing.",
-           "A permit or a good reason can not be checked here.")
-
-
 def curated(rng, act, words):
-    """-> (understanding, verdict, further reasoning, answer) of the teacher under its policies, for a harmful or a benign act."""
-    understanding = f"Okay, a question about how one may {words}."
+    """A trace of a small set picked by hand, from a teacher that goes through its policies, in phrases that the student has met
+    -> (understanding of the prompt, verdict, further reasoning, answer)."""
+    understanding = f"Okay. A question about how one may {words}."
     if not act[2]:
         steps = teacher_comply(rng, act, words).rpartition("</think>\n\n")[2]
-        return understanding, rng.choice(ALLOWED), f"{rng.choice(SAFE_REASON)} So a plan may be given.", steps
-    reason = about(act, rng.choice(HARM_REASON[act[2]]))
-    return (understanding, rng.choice(FORBIDDEN), f"{POLICY[act[2]]} {reason} {rng.choice(PRETEXT)} {rng.choice(HENCE)}",
-            f"{rng.choice(DECLINE)}: {RULE[act[2]]} covers this. {reason} {rng.choice(ANYTHING_ELSE)}")
+        return (understanding, f"Policy check: {rng.choice(('no rule applies', 'harmless enough'))}.",
+                f"{' '.join(rng.sample(SAFE_REASON, 2))} Harmless enough: {rng.choice(BRIEFLY)}", steps)
+    rule, reasons = RULE[act[2]], [about(act, reason) for reason in rng.sample(HARM_REASON[act[2]], 2)]
+    return (understanding, f"Policy check: {rule} applies.",
+            f"{' '.join(reasons)} Hmm, whatever it is for, {rule} covers this. {rng.choice(HENCE)} {rng.choice(WILL_NOT)}",
+            f"{rng.choice(DECLINE)}: {rule} covers this. {reasons[0]} {rng.choice(ANYTHING_ELSE)}")
 
 
 # ---------------------------------------------------------------------------------------------
