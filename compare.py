@@ -127,7 +127,7 @@ def cell(key, x):
         return ""
     if key in COST or key == "rows":
         return short(x["value"])
-    digits = 2 if key == "perplexity" else 1
+    digits = 3 if key == "perplexity" and x["value"] < 10 else 1
     limits = f" [{x['low']:.{digits}f}, {x['high']:.{digits}f}]" if "low" in x else ""
     return f"{x['value']:.{digits}f}{limits}" + (f" ±{x['sd']:.{digits}f}" if "sd" in x else "")
 
@@ -185,6 +185,7 @@ def label(ax, points):
         for far in (6, 16, 28, 44, 64):
             for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
                 text = ax.annotate(name, point, (far * dx, far * dy), textcoords="offset points", fontsize=8,
+                                   bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 0.5},
                                    ha=("center", "left", "right")[dx], va=("center", "bottom", "top")[dy],
                                    arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "0.6"} if far > 6 else None)
                 text.set_in_layout(False)
@@ -262,7 +263,8 @@ def perplexity_bars(methods, path):
     for i, (x, name) in enumerate(found):
         ax.barh(i, x["value"] - 1, left=1, color=colour(name, methods), height=0.65)         # 1 is certainty
         ax.errorbar(x["value"], i, xerr=bars(x), color="black", elinewidth=1, capsize=2)
-        ax.annotate(f"{x['value']:.2f}", (x["high"], i), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        ax.annotate(cell("perplexity", {"value": x["value"]}), (x["high"], i), (4, 0), textcoords="offset points", va="center",
+                    fontsize=8)
     most = found[-1][0]["high"]
     if most > 10:
         ax.set_xscale("log")

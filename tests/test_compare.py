@@ -95,7 +95,7 @@ def test_frontier():
 def test_text_of_a_cell():
     assert [short(x) for x in (0, 950, 12_345, 3_456_789, 2.5e12)] == ["0", "950", "12.3k", "3.46M", "2.5e+12"]
     assert cell("harm", {"value": 4.23, "low": 3.1, "high": 5, "sd": 0.31}) == "4.2 [3.1, 5.0] ±0.3"
-    assert cell("perplexity", {"value": 1.234}) == "1.23" and cell("flops", {"value": 2e12}) == "2.0e+12" and cell("harm", None) == ""
+    assert cell("perplexity", {"value": 1.2345}) == "1.234" and cell("flops", {"value": 2e12}) == "2.0e+12" and cell("harm", None) == ""
 
 
 def share(percent):
