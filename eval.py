@@ -454,10 +454,11 @@ def main():
               + "".join(f"; {kind}: {n} sample{'s' * (n > 1)} of up to {most:,} tokens" for kind, (n, most) in spend.items())
               + "".join(f"\nleft out: {why}" for why in left_out.values()), flush=True)
     writer = RowWriter(args.out / "eval.jsonl")
-    of = {row["id"]: row for row in rows}
+    prompts = {row["id"]: row for row in rows}
     for i, row in enumerate(writer.rows, 1):
         check_trace({"k": 0, **row}, f"{writer.path}:{i}")
-        if row.get("when") not in ("before", "after") or row["id"] not in of or not of[row["id"]].items() <= row.items():
+        if row.get("when") not in ("before", "after") \
+                or not prompts.get(row["id"], {"id": None}).items() <= row.items():
             raise InputError(f"{writer.path}:{i}: not a row of eval.py on these prompts")
     done = {(row["id"], row["when"], row.get("k", 0)) for row in writer.rows}
     traces = writer.rows

@@ -786,8 +786,9 @@ def find_model(name):
     name = model_name(name)
     if Path(name).is_absolute():
         for path in Path(name).iterdir():
-            if not path.resolve().is_relative_to(_home(Path(name))):
-                raise InputError(f"{path}: a link out of its model's folder, to {path.resolve()}; put the file itself there")
+            target = Path(os.path.realpath(path))
+            if not target.is_relative_to(_home(Path(name))):
+                raise InputError(f"{path}: a link out of its model's folder, to {target}; put the file itself there")
         return Path(name)
     hub, revision = split_revision(name)
     from huggingface_hub import snapshot_download

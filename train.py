@@ -52,6 +52,7 @@ from thinksafe import (
     pack_ids,
     parser,
     pick_dtype,
+    pinned,
     read_rows,
     read_run,
     replacing,
@@ -270,6 +271,7 @@ def main():
         raise InputError("--cache-reference keeps the reference of --kl, which is not asked for")
     dtype = torch.float32 if args.full else pick_dtype(args)               # bf16 weights would lose steps of 1e-5
     model, tokenizer = load_decoder(name, args.device, dtype)
+    name = pinned(name, model)
     if lora_layers(model):
         raise InputError(f"{name} is an adapter; merge it first (train.py --merge), or train its base model")
     items, left_out = encode_rows(rows, tokenizer, min(recipe["max_length"], model.config.max_position_embeddings))
