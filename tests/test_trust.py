@@ -755,11 +755,12 @@ def test_code_of_a_model_folder_is_not_run(evil, tries, tmp_path, with_json):
         assert "architecture Evil is not supported" in refused(folder, tmp_path) and not proof.exists()
 
 
+# 0 and {} count as not given there, and get the default
 ABSURD = [("num_hidden_layers", v) for v in (0, -1, 10**7, 10**30, 1e308, "many", None, [], float("nan"))] + \
     [("vocab_size", v) for v in (0, 2**40, {}, True)] + [("hidden_size", v) for v in (0, 2**31, 7)] + [("head_dim", v) for v in (-32, 31, 2**24)] + \
     [("num_key_value_heads", v) for v in (3, 10**9)] + [("max_position_embeddings", v) for v in (0, 10**12)] + \
-    [("rope_parameters", v) for v in ({"rope_theta": 0.0}, {"rope_theta": -1.0}, {"rope_theta": float("nan")}, {"rope_type": "evil"}, [1], {"rope_type": "llama3", "factor": 0})] + \
-    [("rms_norm_eps", v) for v in (float("inf"), float("nan"), -1.0, "x")] + [("dtype", v) for v in ("os", "load", 5, "float8", [])] + \
+    [("rope_parameters", v) for v in ({"rope_theta": -1.0}, {"rope_theta": "inf"}, {"rope_theta": float("nan")}, {"rope_type": "evil"}, [1], {"rope_type": "llama3", "factor": 0})] + \
+    [("rms_norm_eps", v) for v in (float("inf"), float("nan"), -1.0, "x")] + [("dtype", v) for v in ("os", "load", 5, "float8", ["float32"])] + \
     [("architectures", 5), ("model_type", ["qwen3"]), ("layer_types", [[1]]), ("layer_types", 3), ("hidden_act", "exec"), ("quantization_config", {"a": 1})]
 
 
