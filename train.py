@@ -576,7 +576,7 @@ def main():
     if rank and (args.export or args.dry_run):
         return
     if read is training_rows and args.data is None and len(rows) < run["guard"].get("rows", 0):
-        raise InputError(f"{path}: {len(rows)} of the {run['guard']['rows']} rows that guard.py wrote are there; "
+        raise InputError(f"{path}/guarded.jsonl: {len(rows)} of the {run['guard']['rows']} rows that guard.py wrote are there; "
                          "run it again, or give the rows that you want with --data FILE")
     if world > recipe["batch_size"]:
         raise InputError(f"{world} ranks for steps of {recipe['batch_size']} rows: use fewer, or a larger --batch-size")

@@ -107,7 +107,7 @@ def folders(tmp_path_factory):
     return get
 
 
-def run(script, *args, cwd=ROOT, check=True, timeout=280, **kw):
+def run(script, *args, cwd=ROOT, check=True, timeout=900, **kw):
     """Run a script as a user does -> CompletedProcess; with check, its last line as JSON is in `.json`."""
     done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, **kw)
     if check:

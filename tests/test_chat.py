@@ -118,7 +118,7 @@ def test_a_training_row_is_prompt_response_and_eos(tokenizer, response):
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024")
     assert item["ids"][:item["n_prompt"]] == prompt and item["ids"][-1] == tokenizer.eos_token_id
     back = decode_response(tokenizer, item["ids"][item["n_prompt"]:], {tokenizer.eos_token_id})
-    assert back == (response.removeprefix("<think>\n").lstrip("\n") if opens_think(tokenizer) else response)
+    assert back == (response.removeprefix("<think>\n") if opens_think(tokenizer) else response)
     assert encode_response(tokenizer, back) == item["ids"][item["n_prompt"]:-1]
 
 

@@ -7,7 +7,6 @@ Without -m the sweeps try a part of their points. A stage that is to die runs in
 profile hook counts the operations on files and stops it at one of them: before it, or after.
 """
 import contextlib
-import fcntl
 import functools
 import io
 import itertools
@@ -17,6 +16,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import unicodedata
@@ -330,14 +330,12 @@ def test_folders_that_cannot_be_written(undisturbed, tries, name):
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_second_process_is_refused(undisturbed, tries, tmp_path, name):
     out = copied(undisturbed, name, tmp_path)
-    lock = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, out / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
         with tries("fault"):
             assert "another process is at work there" in one_line(call(*FLAGS[name], "--out", out))
             assert not (out / OUTPUT[name]).exists()
-    finally:
-        os.close(lock)
     assert call(*FLAGS[name], "--out", out).returncode == 0
 
 
@@ -412,7 +410,7 @@ def test_batches_with_next_to_nothing_in_them(undisturbed, tries, tmp_path):
     thinksafe.add_lora(model, 4, 8.0, 0.0, ["q_proj"])
     with tries("fault"):                                                  # one target
         prompt = encode_prompt(tokenizer, "Hello")
-        loss, ce, kl = train.pass_loss(model, [{"id": 0, "ids": [*prompt, tokenizer.eos_token_id], "n_prompt": len(prompt), "benign": True}])
+        loss, *_ = train.pass_loss(model, [{"id": 0, "ids": [*prompt, tokenizer.eos_token_id], "n_prompt": len(prompt), "benign": True}])
         loss.backward()
         assert loss > 0 and all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     with tries("fault"):                                                  # responses of one token behind their reasoning, one row
