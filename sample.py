@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import VERSIONS, label_counts, prompt_rows
-from kernels.decode_attention import decode_attention, quantise, slot_attention
+from kernels.decode_attention import decode_attention, groups, quantise, slot_attention
 from thinksafe import (
     LABELS,
     STEER,
@@ -152,7 +152,7 @@ class Sampler:
         self.cuda = model.device.type == "cuda"
         self.page, self.most_pages = page or (64 if self.cuda else None), pages
         self.window = window or (16 if self.cuda else 1)
-        self.prefill_tokens = 16384                            # in one pass, at most
+        self.prefill_tokens = 16384 if self.cuda else 4096     # in one pass, at most
         model.pack()
 
     # ---- memory
@@ -180,9 +180,10 @@ class Sampler:
             self.host_table = torch.zeros(slots, self._pages_needed(longest), dtype=torch.int32)
             self.table = self.host_table.to(device, copy=True)
         else:
-            self.k, self.v = (_lazy_zeros((layers, slots, heads, longest, c.head_dim), dtype) for _ in range(2))
-            if dtype == torch.float32:                                             # by columns, see slot_attention
-                self.k = _lazy_zeros((layers, slots, heads, c.head_dim, longest), dtype).mT
+            shape = layers, slots + 1, heads, longest, c.head_dim                  # one slot to spare, see _sort
+            self.k, self.v = (_lazy_zeros(shape, dtype) for _ in range(2))
+            if dtype == torch.float32:                                             # by columns, faster there
+                self.k = _lazy_zeros((*shape[:3], c.head_dim, longest), dtype).mT
         self.rows = torch.arange(slots, device=device)
         self.prompt_length = torch.ones(slots, device=device, dtype=torch.long)
         self.made = torch.zeros_like(self.prompt_length)                           # sampled tokens
@@ -241,9 +242,8 @@ class Sampler:
                 self.host_table[[slot, last]] = self.host_table[[last, slot]]
             else:
                 self._copy(last, slot, int(self.prompt_length[last] + self.made[last]))
-            for x in (self.prompt_length, self.made, self.limit, self.done, self.tokens, self.u, self.hidden, self.logprobs):
-                if x is not None:
-                    x[slot] = x[last]
+            for x in self._state():
+                x[slot] = x[last]
             self.index[slot] = self.index[last]
         self.index.pop()
         self.done[last], self.made[last], self.prompt_length[last] = True, 0, 1        # what an empty slot computes is harmless
@@ -251,6 +251,32 @@ class Sampler:
             self.free += self.owned[last]
             self.owned[last] = []
             self.host_table[last] = 0
+
+    def _state(self):
+        """What there is of each slot beside its cache."""
+        state = self.prompt_length, self.made, self.limit, self.done, self.tokens, self.u, self.hidden, self.logprobs
+        return [x for x in state if x is not None]
+
+    def _sort(self):
+        """On a CPU, the longest sequences first where slot_attention would read much more than there is."""
+        length = (self.prompt_length + self.made)[:self.busy]
+        falling, order = length.sort(descending=True, stable=True)
+        read = [sum(len(group) * int(group.max()) for group in groups(x)) for x in (length, falling)]
+        if read[0] < 1.1 * read[1]:
+            return
+        order, spare = order.tolist(), self.slots
+        left = {slot for slot, source in enumerate(order) if slot != source}
+        while left:                                            # a cycle: each slot's sequence goes where it belongs
+            slot = first = left.pop()
+            self._copy(first, spare, int(length[first]))
+            while (source := order[slot]) != first:
+                self._copy(source, slot, int(length[source]))
+                left.remove(source)
+                slot = source
+            self._copy(spare, slot, int(length[first]))
+        for x in self._state():
+            x[:self.busy] = x[order]
+        self.index = [self.index[slot] for slot in order]
 
     def _copy(self, source, slot, length):
         """The first `length` tokens of a sequence's cache into another slot, which owns the pages for them."""
@@ -308,11 +334,12 @@ class Sampler:
         """One more token for the first n slots that are not done; no sequence is longer than reach."""
         made, rows = self.made[:n], self.rows[:n]
         position = self.prompt_length[:n] + made - 1           # of the last sampled token
+        attention = None if self.page else slot_attention(position + 1)
 
         def attend(layer, q, k, v):
             self._write(layer, rows, position, k, v)
-            if not self.page:
-                return slot_attention(q, self.k[layer], self.v[layer], position + 1)
+            if attention:
+                return attention(q, self.k[layer], self.v[layer])
             scales = (x if x is None else x[layer] for x in (self.k_scale, self.v_scale))
             return decode_attention(q, self.k[layer], self.v[layer], self.table[:n], position + 1, reach, *scales)
         self._draw(slice(0, n), self.model(self.tokens[rows, made - 1], positions=position, attend=attend), wait)
@@ -342,12 +369,14 @@ class Sampler:
         reach = int((self.prompt_length + self.made)[:self.busy].max()) + self.window - 1
         if self.page:
             self.table.copy_(self.host_table)
+        # Few shapes, so few graphs, and on a CPU few plans of oneDNN: 1, 2, 4, 8 slots, multiples of 16, all of them.
+        n = min(1 << (self.busy - 1).bit_length() if self.busy <= 8 else -(-self.busy // 16) * 16, len(self.made))
+        if not self.page and int(self.made[0]) % 4 == 0:
+            self._sort()
         if not self.cuda:
             for _ in range(self.window):
-                self._step(self.busy, reach)
+                self._step(n, reach)
             return
-        # Few shapes, so few graphs: slots 1, 2, 4, 8, multiples of 16 and all of them, reach a power of two.
-        n = min(1 << (self.busy - 1).bit_length() if self.busy <= 8 else -(-self.busy // 16) * 16, len(self.made))
         reach = max(1024, 1 << (reach - 1).bit_length())
         for _ in range(self.window):
             if (n, reach) in self.graphs:

@@ -956,7 +956,7 @@ class Decoder(nn.Module):
         """On a CPU in bf16, keep each linear weight a second time in the order that oneDNN wants: decoding is a third faster.
 
         For a model whose weights stay as they are; LoRA may change."""
-        if self.device.type != "cpu" or self.head.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        if self.device.type != "cpu" or self.head.dtype not in (torch.bfloat16, torch.float32) or not torch.backends.mkldnn.is_available():
             return
         reorder = torch.ops.mkldnn._reorder_linear_weight
         if self.packed_head is None:

@@ -45,25 +45,35 @@ def quantise(x):
     return (x / scale[..., None]).round().to(torch.int8), scale
 
 
-def slot_attention(q, k, v, length):
-    """Attention of one query token per sequence, for a CPU: sequence i lies in slot i -> (n, H, d).
+def groups(length):
+    """Neighbouring sequences that slot_attention takes together, each read as far as the longest of them: length (n,) in parts."""
+    return length.split(max(16, -(-len(length) // 4)))
 
-    q (n, H, d); k, v (slots, Hkv, capacity, d) of its dtype; length (n,) int, at least 1. Neighbours share a
-    product, so that little is read beyond their ends where a caller keeps sequences of about one length together."""
-    # The G query heads of a kv head stand where SDPA expects query positions: no copy of k and v per head.
-    heads, outs = q.unflatten(1, (k.shape[1], -1)), []                                      # (n, Hkv, G, d)
-    for at in torch.arange(len(q)).split(max(16, -(-len(q) // 4))):
-        at = slice(int(at[0]), int(at[-1]) + 1)
-        reach = int(length[at].max())
-        x, y, z = heads[at], k[at, :, :reach], v[at, :, :reach]
-        mask = (torch.arange(reach) < length[at, None])[:, None, None]                      # (rows, 1, 1, reach)
-        if q.dtype == torch.float32:                           # faster than SDPA where keys are stored by columns
-            s = torch.bmm(x.flatten(0, 1) / math.sqrt(q.shape[-1]), y.flatten(0, 1).transpose(1, 2))
-            p = s.view(*x.shape[:3], reach).masked_fill_(~mask, float("-inf")).softmax(-1)
-            outs.append(torch.bmm(p.flatten(0, 1), z.flatten(0, 1)).view(x.shape))
-        else:
-            outs.append(F.scaled_dot_product_attention(x, y, z, attn_mask=mask))
-    return torch.cat(outs).flatten(1, 2)
+
+def slot_attention(length):
+    """-> attend(q, k, v): attention of one query token per sequence, for a CPU; sequence i lies in slot i -> (n, H, d).
+
+    length (n,) int, at least 1; q (n, H, d); k, v (slots, Hkv, capacity, d) of its dtype. Neighbours share a
+    product, so little is read beyond their ends where a caller keeps sequences of about one length together."""
+    masks = [torch.arange(int(part.max())) < part[:, None] for part in groups(length)]                 # (rows, reach) each
+    biases = {}                                                # 0, or -inf where a sequence has ended: (rows * Hkv, reach)
+
+    def attend(q, k, v):
+        # The G query heads of a kv head stand where one expects query positions: no copy of k and v per head.
+        heads, outs, start = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1]), [], 0         # (n, Hkv, G, d)
+        for i, mask in enumerate(masks):
+            rows, reach = mask.shape
+            at, start = slice(start, start + rows), start + rows
+            x, y, z = (t.flatten(0, 1) for t in (heads[at], k[at, :, :reach], v[at, :, :reach]))     # (rows * Hkv, ..., d)
+            if i not in biases:
+                biases[i] = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf")).repeat_interleave(k.shape[1], 0)
+            if q.dtype == torch.float32:
+                p = torch.baddbmm(biases[i][:, None], x, y.mT).softmax(-1)
+            else:                                              # in bf16 faster this way round
+                p = (torch.bmm(y, x.mT) + biases[i][..., None]).softmax(1).to(q.dtype).mT
+            outs.append(torch.bmm(p, z).view(heads[at].shape))
+        return torch.cat(outs).flatten(1, 2)
+    return attend
 
 
 def _plain(q, k, v, table, length, reach, k_scale, v_scale):
