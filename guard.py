@@ -197,6 +197,7 @@ class Guard:
         reads the verdict behind them: pairs for which it would have said something else go once more, with that. So nothing
         has to be generated."""
         questions = [self.encode(*pair) for pair in pairs]
+        self.model.pack()
         length = [len(ids) + sum(1 + len(lead) for lead in self.later) for ids in questions]
         longest = self.model.config.max_position_embeddings
         why = ["imitates_guard" if imitates(self.form, response) else "too_long_for_guard" if n > longest else None

@@ -646,6 +646,8 @@ def main():
           + (f", {sum('key' in item for item in items)} rows with a key sentence" if args.safekey else "")
           + inert("".join(f"; left out {n} {why}" for why, n in sorted(left_out.items()))))
     model.train()
+    for m in {model, frozen}:                                              # those of its weights that stay as they are
+        m.pack(train=m is model)
     mixed = args.full and model.device.type == "cuda"
     weights = stored_bytes(t for m in {model, frozen} for t in (*m.parameters(), *m.buffers()))
     if online:

@@ -46,7 +46,7 @@ def quantise(x):
 
 
 def groups(length):
-    """Neighbouring sequences that slot_attention takes together, each read as far as the longest of them: length (n,) in parts."""
+    """length (n,) in the parts that slot_attention takes together, each read as far as its longest sequence."""
     return length.split(max(16, -(-len(length) // 4)))
 
 
