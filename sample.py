@@ -369,7 +369,8 @@ class Sampler:
         reach = int((self.prompt_length + self.made)[:self.busy].max()) + self.window - 1
         if self.page:
             self.table.copy_(self.host_table)
-        # Few shapes, so few graphs, and on a CPU few plans of oneDNN: 1, 2, 4, 8 slots, multiples of 16, all of them.
+        # Few shapes, so few graphs, and on a CPU few plans of oneDNN: 1, 2, 4, 8 slots, multiples of 16, all of them;
+        # a reach of 1024, 4096, 16384.
         n = min(1 << (self.busy - 1).bit_length() if self.busy <= 8 else -(-self.busy // 16) * 16, len(self.made))
         if not self.page and int(self.made[0]) % 4 == 0:
             self._sort()
@@ -377,7 +378,7 @@ class Sampler:
             for _ in range(self.window):
                 self._step(n, reach)
             return
-        reach = max(1024, 1 << (reach - 1).bit_length())
+        reach = max(1024, 4 ** math.ceil(math.log(reach, 4)))   # chunks beyond a sequence's end cost next to nothing
         for _ in range(self.window):
             if (n, reach) in self.graphs:
                 self.graphs[n, reach].replay()

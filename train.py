@@ -754,6 +754,9 @@ def main():
             log.write({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
                        "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began)), **figures})
             stage.spend(train_tokens=n_tokens, flops=flops(model, map(length, batch), n_targets, train=True))
+            if keyed:                                                          # the two passes of safekey_losses
+                stage.spend(flops=flops(model, [item["key"][1] - item["n_prompt"] for item in keyed], n_key, train=True)
+                            + flops(model, [item["key"][0] for item in keyed], 0, train=True))
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / (time.time() - began):,.0f} tokens/s")
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
