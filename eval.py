@@ -30,7 +30,6 @@ from collections import Counter, defaultdict
 from fractions import Fraction
 
 import torch
-from tqdm import tqdm
 
 import compare
 import theory
@@ -67,6 +66,7 @@ from thinksafe import (
     owns,
     parser,
     pick_dtype,
+    progress,
     read_adapter,
     read_run,
     read_shards,
@@ -214,10 +214,10 @@ def judge_rows(rows, judge, guard, load, opened=""):
     todo = [] if judge == "oracle" else [(judge, says_unsafe, harm, "unsafe"), (judge, says_refused, over_refusal, "refused")]
     if judge != guard:
         todo.append((guard, says_unsafe, harm, "guard_unsafe"))
-    with tqdm(total=sum(len(part) for _, _, part, _ in todo) + len(reasoning), unit="verdict", desc="judge", disable=None) as bar:
+    with progress("judge", sum(len(part) for _, _, part, _ in todo) + len(reasoning), "verdict") as advance:
         for row in reasoning:
             row["solved"] = grade(row["task"], opened + row["response"], row["answer"])
-            bar.update()
+            advance(note="reasoning")
         loaded = None
         for name, says, part, key in todo:
             if part and (not loaded or loaded.name != name):
@@ -227,7 +227,7 @@ def judge_rows(rows, judge, guard, load, opened=""):
             for few in split_packs(part, lambda row: 1, 128):         # some at a time, for the bar
                 for row, said in zip(few, says(loaded, [(row["instruction"], opened + row["response"]) for row in few])):
                     row[key] = said
-                bar.update(len(few))
+                advance(len(few), note=f"{key} by {name}")
     for row in harm:
         if judge == "oracle":
             row["unsafe"] = world.oracle(row["prompt_label"], row["response"]) == "unsafe"
@@ -457,8 +457,7 @@ def main():
         return spend.get(row["set"], spend["other"])
     own = [(row, k) for row in rows if owns(args.shard, row["id"]) for k in range(spent(row)[0])]
     missing = {when: [(row, k) for row, k in own if (row["id"], when, k) not in done] for when in ("before", "after")}
-    with tqdm(total=2 * len(own), initial=2 * len(own) - sum(map(len, missing.values())), unit="trace", desc="eval",
-              disable=None) as bar:
+    with progress("eval", 2 * len(own), "trace", 2 * len(own) - sum(map(len, missing.values()))) as advance:
         for when, todo in missing.items():
             if not todo:
                 continue
@@ -477,7 +476,7 @@ def main():
                     writer.write({**row, "when": when, "k": k, "response": decode_response(tokenizer, c.tokens, model.eos_ids),
                                   "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})
                     stage.spend(tokens=len(c.tokens), flops=flops(model, [len(ids[c.index]) + len(c.tokens) - 1], len(c.tokens)))
-                    bar.update()
+                    advance(tokens=len(c.tokens), note=when)
     del model
     free_memory()
     traces = stage.all_rows("eval.jsonl", 2 * sum(spent(row)[0] for row in rows))

@@ -19,13 +19,11 @@ import json
 import math
 import mmap
 import sys
-import time
 from collections import Counter
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import VERSIONS, label_counts, prompt_rows
 from kernels.decode_attention import decode_attention, groups, quantise, slot_attention
@@ -55,6 +53,7 @@ from thinksafe import (
     parser,
     pick_dtype,
     pinned,
+    progress,
     read_run,
     read_shards,
     row_key,
@@ -584,16 +583,14 @@ def main():
     ids = [encode_prompt(tokenizer, steered(row["instruction"], steer[row["prompt_label"]])) for row, _ in todo]
     keys = [f"{row['id']}/{k}" for row, k in todo]
 
-    tokens, n_done = 0, sum(owns(args.shard, i) for i, _ in done)
-    with tqdm(total=n_done + len(todo), initial=n_done, unit="trace", desc="sample", disable=None) as bar:
+    n_done = sum(owns(args.shard, i) for i, _ in done)
+    with progress("sample", n_done + len(todo), "trace", n_done) as advance:
         for c in Sampler(model, tokenizer, args.slots, args.kv_bits).generate(ids, seed=args.seed, keys=keys, **options):
             row, k = todo[c.index]
             writer.write({**row, "response": decode_response(tokenizer, c.tokens, model.eos_ids), "k": k, "seed": args.seed,
                           "steer": steer[row["prompt_label"]], "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})
             stage.spend(tokens=len(c.tokens), flops=flops(model, [len(ids[c.index]) + len(c.tokens) - 1], len(c.tokens)))
-            tokens += len(c.tokens)
-            bar.update()
-            bar.set_postfix_str(f"{tokens / (time.time() - stage.started):,.0f} tokens/s")
+            advance(tokens=len(c.tokens))
     rows = stage.all_rows("samples.jsonl", len(done) + len(missing))
     if rows is None:
         return

@@ -47,6 +47,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "tiny"
@@ -113,6 +114,29 @@ def cli(main):
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130)
+
+
+@contextlib.contextmanager
+def progress(what, total, unit, done=0, silent=False):
+    """How far a stage is, on stderr -> advance(n=1, tokens=0, note=""): n more of `total` units are done, which had so many
+    tokens; note: the stage's own figure. `done` units are of earlier runs.
+
+    On a terminal a bar with tokens/s and the time left. In a log file the same as whole lines: none in the first 30 seconds,
+    then at most one in 30 seconds and for each tenth of the whole."""
+    began = said_at = time.time()
+    now, said, made = done, done, 0
+    with tqdm(total=total, initial=done, unit=unit, desc=what, disable=silent or None) as bar:
+        def advance(n=1, tokens=0, note=""):
+            nonlocal now, said, said_at, made
+            now, made, at = now + n, made + tokens, time.time()
+            rate = f"{made / max(at - began, 1e-9):,.0f} tokens/s" if made else ""
+            bar.set_postfix_str(", ".join(filter(None, (rate, note))), refresh=False)
+            bar.update(n)
+            if bar.disable and not silent and at >= said_at + 30 and now >= said + total / 10:
+                said, said_at = now, at
+                print(tqdm.format_meter(now, total, at - began, 0, what, unit=unit, initial=done, postfix=bar.postfix),
+                      file=sys.stderr, flush=True)
+        yield advance
 
 
 class OutOfTime(BaseException):

@@ -35,7 +35,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from data import EVAL_SETS, VERSIONS, label_counts, overlap, prompt_rows, training_rows
 from kernels.ce_kl import CPU_ROWS, GPU_BUFFER, ce_kl_loss
@@ -79,6 +78,7 @@ from thinksafe import (
     parser,
     pick_dtype,
     pinned,
+    progress,
     ranks,
     read_rows,
     read_run,
@@ -322,11 +322,12 @@ def cached_reference(path, reference, items, pack_tokens, limit, identity):
             "dtype": dtype, "shape": [sum(n), first.shape[1]], "data_offsets": [0, size]}}).encode()
         header += b" " * (-len(header) % 8)
         try:
-            with replacing(path) as beside, open(beside, "wb") as f:
+            with replacing(path) as beside, open(beside, "wb") as f, progress("reference", len(rows), "row") as advance:
                 os.posix_fallocate(f.fileno(), 0, 8 + len(header) + size)  # a disk that is too small says so at once
                 f.write(struct.pack("<Q", len(header)) + header)
-                for part in tqdm(split_packs(rows, length, pack_tokens), "reference", disable=None):
+                for part in split_packs(rows, length, pack_tokens):
                     f.write(reference(part).cpu().contiguous().view(torch.uint8).numpy())
+                    advance(len(part), sum(map(length, part)))
         except OSError as e:
             raise InputError(f"{path}: cannot be written ({e.strerror}); make room, or train without --cache-reference")
     hidden = safe_open(path, "pt").get_slice("hidden")
@@ -704,7 +705,7 @@ def main():
                    {"step": step, "identity": identity, "metrics": read_rows(metrics)})
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    with tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=rank > 0 or None) as bar:
+    with progress("train", len(steps), "step", start, silent=rank > 0) as advance:
         for step in range(start, len(steps)):
             began, batch, figures = time.time(), [items[i] for i in steps[step]], {}
             if online:
@@ -754,8 +755,7 @@ def main():
             log.write({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
                        "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began)), **figures})
             stage.spend(train_tokens=n_tokens, flops=flops(model, map(length, batch), n_targets, train=True))
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / (time.time() - began):,.0f} tokens/s")
+            advance(tokens=n_tokens, note=f"loss {loss:.3f}")
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
                 save(step + 1)
     if rank:
