@@ -19,13 +19,16 @@ tokens and divided by their number, however many passes it took: packing changes
 rounding, and to which dropout mask a pass draws).
 """
 import bisect
+import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import math
 import os
 import random
 import re
+import secrets
 import struct
 import sys
 import time
@@ -456,6 +459,31 @@ def restore_checkpoint(trainable, optimizer, tensors):
     optimizer.load_state_dict(saved)
 
 
+@contextlib.contextmanager
+def tracking(name, out, run_id, config):
+    """-> send(row): a row of metrics.jsonl goes to wandb or trackio too, as a run of the project thinksafe, or into
+    OUT/tensorboard; name None: nowhere."""
+    if name is None:
+        yield lambda row: None
+    elif name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        with SummaryWriter(out / name / run_id) as writer:
+            def send(row):
+                for key in row.keys() - {"step"}:
+                    writer.add_scalar(key, row[key], row["step"])
+                writer.flush()                                             # what is in the file is not sent again
+            yield send
+    else:
+        tracker = importlib.import_module(name)
+        try:
+            tracker.init(project="thinksafe", name=run_id, config=config, resume="allow",
+                         **({"id": run_id, "dir": out} if name == "wandb" else {}))
+        except Exception as e:                                             # no account, no network, ...
+            raise InputError(f"--track {name}: {e}")
+        yield lambda row: tracker.log({key: row[key] for key in row.keys() - {"step"}}, step=row["step"])
+        tracker.finish()
+
+
 def model_card(out):
     """Text of OUT/model/README.md: what OUT/run.json says of that model, and OUT/eval.json if it is of that model."""
     run, folder = read_run(out), Path(out) / "model"
@@ -545,6 +573,8 @@ def main():
     g.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="torch's, or bitsandbytes' in 8 bits")
     p.add_argument("--pack-tokens", type=count, default=16384, help="tokens in one pass: fewer need less memory, the loss stays")
     p.add_argument("--save-every", type=count, default=50, help="optimizer steps between checkpoints")
+    p.add_argument("--track", choices=("wandb", "tensorboard", "trackio"), help="send the rows of metrics.jsonl there too; "
+                   "tensorboard: OUT/tensorboard")
     p.add_argument("--dry-run", action="store_true", help="show configuration, memory plan and one example; write nothing")
     p.add_argument("--export", choices=("trl",), help="write the rows for TRL's SFTTrainer, OUT/trl.jsonl, and stop")
     add_online_flags(p)
@@ -552,6 +582,8 @@ def main():
     args = p.parse_args()
 
     check_flags(args)
+    if args.track and not importlib.util.find_spec(args.track):
+        raise InputError(f"--track {args.track}: it is not installed here; pip install {args.track}")
     rank, world = join_ranks(args.device)
     if args.online and world > 1:
         raise InputError("--online works in one process; start it without torchrun")
@@ -633,11 +665,14 @@ def main():
     if not args.full and recipe["lora_dropout"]:                           # the masks are drawn pass by pass
         identity |= {"pack_tokens": args.pack_tokens, "ranks": world}
     state = load_state(checkpoint) if checkpoint.exists() and not again else None
+    before = {} if again else run.get("train", {})
+    tracked = before.get("tracked") if args.track == before.get("arguments", {}).get("track") else None
+    run_id = tracked or f"{args.out.resolve().name}-{secrets.token_hex(4)}"                # of the run at the tracker
     if args.dry_run:
         show = {"student": name, "data": path, "device": args.device, "pack_tokens": args.pack_tokens, **identity}
         print("\n".join(f"{key:16}{value}" for key, value in show.items()))
     elif not rank:
-        stage = Stage("train", args, identity, "metrics.jsonl", model=name, sources=VERSIONS)
+        stage = Stage("train", args, identity, "metrics.jsonl", model=name, sources=VERSIONS, tracked=args.track and run_id)
     steps = list(batches(len(items), recipe["batch_size"], recipe["epochs"], args.seed))
     if not rank:
         print(f"data: {label_counts(rows)}\n{overlap(rows, [TINY / 'eval.jsonl'] if is_tiny(name) else EVAL_SETS)}")
@@ -663,17 +698,20 @@ def main():
         return print(rendered(items[steps[0][0]], tokenizer))
 
     meta = here = {"step": 0, "identity": json.loads(json.dumps(identity))}
+    kept = []                                                              # rows of the steps that an earlier run took
     if not rank:
         if again:
             checkpoint.unlink(missing_ok=True)
         old = RowWriter(metrics).rows                                      # a last line that was cut is mended
+        sent = len(old) if tracked else 0                                  # that the tracker has
         if state:
             old = state[1].get("metrics", old)                             # the file may have lost the end of its last line
             meta = {key: state[1][key] for key in here}
             if meta["identity"] != here["identity"]:
                 raise InputError(f"{checkpoint} belongs to another run; delete it to start again")
-        write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in old[:meta["step"]]))
-        log = RowWriter(metrics)
+        kept = old[:meta["step"]]
+        write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        writer = RowWriter(metrics)
     meta = from_rank_0(meta)
     start = meta["step"]
     if meta["identity"] != here["identity"] or start and not (state and meta.items() <= state[1].items()):
@@ -705,7 +743,15 @@ def main():
                    {"step": step, "identity": identity, "metrics": read_rows(metrics)})
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    with progress("train", len(steps), "step", start, silent=rank > 0) as advance:
+    with progress("train", len(steps), "step", start, silent=rank > 0) as advance, \
+         tracking(None if rank else args.track, args.out, run_id, identity) as send:
+        def log(row):
+            if row["step"] > start:
+                writer.write(row)
+            if row["step"] > sent:
+                send(row)
+        for row in kept:
+            log(row)
         for step in range(start, len(steps)):
             began, batch, figures = time.time(), [items[i] for i in steps[step]], {}
             if online:
@@ -752,8 +798,8 @@ def main():
                 figures = {"reverse_kl": reverse_kl, **figures, "train_s": round(rest, 3)}
             if rank:
                 continue
-            log.write({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
-                       "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began)), **figures})
+            log({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
+                 "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began)), **figures})
             stage.spend(train_tokens=n_tokens, flops=flops(model, map(length, batch), n_targets, train=True))
             advance(tokens=n_tokens, note=f"loss {loss:.3f}")
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
