@@ -6,6 +6,7 @@ The model before and after training: harm, over-refusal and reasoning side by si
     python eval.py --full                           # the paper's protocol: every row, 8 samples a problem, 32,768 tokens
     python eval.py --prompts my_eval.jsonl --judge Qwen/Qwen3-4B
     python eval.py --shard 2/4                      # traces of a quarter of the prompts; the last of four processes judges all
+    python eval.py --chat                           # instead: ask both models, a line from the keyboard at a time
     python eval.py --theory                         # instead: acceptance, tilt, KL and perplexity of the data, see theory.py
     python eval.py --compare OUT ... --out FOLDER   # instead: tables and figures of several runs, see compare.py
 
@@ -22,10 +23,12 @@ filtered the training data says.
 import contextlib
 import csv
 import functools
+import itertools
 import json
 import logging
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from fractions import Fraction
 
@@ -34,7 +37,7 @@ import torch
 import compare
 import theory
 from data import EVAL_SETS, VERSIONS, Unavailable, evaluation_rows, prompt_rows
-from guard import GUARDS, default_guard, guard_format, load_guard
+from guard import GUARDS, Verdict, default_guard, guard_format, load_guard
 from report import write_report
 from sample import Sampler, add_sampling_flags, sampling_options
 from thinksafe import (
@@ -52,6 +55,7 @@ from thinksafe import (
     cpu_limit,
     decode_response,
     encode_prompt,
+    fault_of,
     find_model,
     flops,
     free_memory,
@@ -357,6 +361,54 @@ def read_evaluation(words, full, limit):
     return rows, left_out
 
 
+# ---------------------------------------------------------------------------------------------
+# Talking to both
+
+
+def adapts(model, name, base):
+    """Whether the model, loaded from `name`, is an adapter on `base`: switched off it is that model."""
+    return bool(lora_layers(model)) and model_name(read_adapter(find_model(name))["base_model_name_or_path"]) == base
+
+
+def for_terminal(response):
+    """A response to be printed: inert, and on a terminal its reasoning is dim."""
+    text = inert(response)
+    end = text.rfind("</think>") + len("</think>") if "</think>" in text else len(text) if "<think>" in text else 0
+    return f"\033[2m{text[:end]}\033[0m{text[end:]}" if end and sys.stdout.isatty() else text
+
+
+def chat(args, run, names, load, guard):
+    """Each line of stdin, up to an empty one, is a prompt to both models, with the same random draws; the guard judges."""
+    model, tokenizer = load(names["after"])
+    one_load = adapts(model, names["after"], names["before"])
+    models = {"before": (model, tokenizer) if one_load else load(names["before"]), "after": (model, tokenizer)}
+    options = sampling_options(args, models["before"][0], run.get("sample", {}).get("identity"))
+    threshold = run.get("guard", {}).get("identity", {}).get("threshold", 0.5)
+    for turn in itertools.count():
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "").strip()
+            prompt.encode("utf-8")
+        except UnicodeError:
+            raise InputError(f"prompt {turn + 1} is not text in UTF-8")
+        except EOFError:
+            return
+        if not prompt:
+            return
+        if not sys.stdin.isatty():
+            print(f"> {inert(prompt)}")
+        for when, (model, tokenizer) in models.items():
+            with lora_off(model) if when == "before" and one_load else contextlib.nullcontext():
+                c, = Sampler(model, tokenizer, 1).generate([encode_prompt(tokenizer, prompt)], seed=args.seed, keys=[str(turn)],
+                                                           **options)
+            response = decode_response(tokenizer, c.tokens, model.eos_ids)
+            fault = fault_of(response, c.finish_reason, tokenizer)
+            response = ("<think>\n" if opens_think(tokenizer) else "") + response
+            verdict = Verdict("unknown", None, fault) if fault else guard.judge([(prompt, response)], threshold)[0]
+            why = verdict.reason or f"p_unsafe {verdict.p_unsafe:.3f}"
+            print(f"\n{when}:\n{for_terminal(response)}\nguard {guard.name}: {verdict.label}, {why}", flush=True)
+        print()
+
+
 def main():
     p = parser(__doc__)
     p.add_argument("--model", help="trained model or adapter (default: OUT/model)")
@@ -370,6 +422,8 @@ def main():
                    "of guard.py; auto: the oracle for the tiny student and prompts; with a GPU a Qwen3Guard that is not the "
                    "guard that filtered; else self")
     p.add_argument("--limit", type=count, help="only the first LIMIT rows of each set or task")
+    p.add_argument("--chat", action="store_true", help="instead: both models answer each line of stdin, up to an empty one, "
+                   "and the guard judges; no line knows of those before")
     p.add_argument("--theory", action="store_true", help="measure the method's theory instead, theory.py: on --n traces "
                    "(default: 8) without and with the instruction, of --limit (default: 600) harmful prompts of the run")
     p.add_argument("--sources", nargs="+", default=[], metavar="OUT", help="with --theory: other runs whose data to measure")
@@ -393,12 +447,21 @@ def main():
         raise InputError("--before: which model is this one to be compared with?")
     names = {"before": model_name(name), "after": model_name(args.model or args.out / "model")}
 
+    filtered = run.get("guard", {})
+    guard = filtered.get("guard") or default_guard(names["before"])       # of several that filtered, the first stands beside
+
+    def load(name):
+        return load_decoder(name, args.device, pick_dtype(args), args.quantize)
+
+    def load_judge(name):
+        return load_guard(name, args.device, pick_dtype(args), load(names["before"]) if name == "self" else None, args.quantize)
+    if args.chat:
+        return chat(args, run, names, load, load_judge(guard))
+
     words = args.prompts or ([TINY / "eval.jsonl"] if is_tiny(names["before"]) else None)
     rows, left_out = read_evaluation(words, args.full, args.limit)
     benchmarks = [word for word in words or EVAL_SETS if BENCHMARK.fullmatch(str(word))]
     in_tiny_world = not benchmarks and all(map(is_tiny, words))
-    filtered = run.get("guard", {})
-    guard = filtered.get("guard") or default_guard(names["before"])       # of several that filtered, the first stands beside
     judge = args.judge
     if judge == "auto":
         all_known = in_tiny_world and is_tiny(names["before"])
@@ -410,11 +473,8 @@ def main():
             guard_format(guard_name, names["before"])
 
     # One model on the device at a time. Both are loaded before anything is written, to know that they are sound.
-    def load(name):
-        return load_decoder(name, args.device, pick_dtype(args), args.quantize)
     model, tokenizer = load(names["after"])
-    after_hash, adapter = model.hash, lora_layers(model) and read_adapter(find_model(names["after"]))
-    one_load = bool(adapter) and model_name(adapter["base_model_name_or_path"]) == names["before"]      # with the adapter off
+    after_hash, one_load = model.hash, adapts(model, names["after"], names["before"])
     items = [] if args.model else theory.training_items(args.out, model, tokenizer)
     perplexity = {"after": theory.perplexity(model, items)}
     if not one_load:
@@ -483,9 +543,7 @@ def main():
     if traces is None:
         return
 
-    judge_rows(traces, judge, guard, lambda name: load_guard(name, args.device, pick_dtype(args),
-                                                             load(names["before"]) if name == "self" else None, args.quantize),
-               "<think>\n" if opens_think(tokenizer) else "")
+    judge_rows(traces, judge, guard, load_judge, "<think>\n" if opens_think(tokenizer) else "")
     figures = {when: measure([row for row in traces if row["when"] == when]) for when in ("before", "after")}
     paper = paper_figures(split_revision(names["before"])[0], list(figures["after"]))
     print(inert(table(figures, judge, guard, paper)))
