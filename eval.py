@@ -411,24 +411,26 @@ def chat(args, run, names, load, guard):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--model", help="trained model or adapter (default: OUT/model)")
-    p.add_argument("--before", help="model to compare with (default: the one that training started from)")
-    p.add_argument("--prompts", nargs="+", metavar="NAME", help=f"any of {', '.join(EVAL_SETS)}, also as NAME=FILE; or a file of "
+    g = p.add_argument_group("models, prompts and judge")
+    g.add_argument("--model", help="trained model or adapter (default: OUT/model)")
+    g.add_argument("--before", help="model to compare with (default: the one that training started from)")
+    g.add_argument("--prompts", nargs="+", metavar="NAME", help=f"any of {', '.join(EVAL_SETS)}, also as NAME=FILE; or a file of "
                    "evaluation rows (default: the tiny world's for the tiny student, else all eight that are not gated here)")
-    p.add_argument("--full", action="store_true", help="the paper's protocol: all rows of a benchmark; for reasoning 8 samples "
+    g.add_argument("--full", action="store_true", help="the paper's protocol: all rows of a benchmark; for reasoning 8 samples "
                    "and 32,768 tokens. Without it a fixed subset of each and 1 sample")
-    p.add_argument("--n", type=count, help="samples per prompt (default: 1; with --full 8 for reasoning)")
-    p.add_argument("--judge", default="auto", help="oracle (of the tiny world), self (the model before training), or any guard "
+    g.add_argument("--n", type=count, help="samples per prompt (default: 1; with --full 8 for reasoning)")
+    g.add_argument("--judge", default="auto", help="oracle (of the tiny world), self (the model before training), or any guard "
                    "of guard.py; auto: the oracle for the tiny student and prompts; with a GPU a Qwen3Guard that is not the "
                    "guard that filtered; else self")
-    p.add_argument("--limit", type=count, help="only the first LIMIT rows of each set or task")
-    p.add_argument("--chat", action="store_true", help="instead: both models answer each line of stdin, up to an empty one, "
+    g.add_argument("--limit", type=count, help="only the first LIMIT rows of each set or task")
+    g = p.add_argument_group("something else instead")
+    g.add_argument("--chat", action="store_true", help="both models answer each line of stdin, up to an empty one, "
                    "and the guard judges; no line knows of those before")
-    p.add_argument("--theory", action="store_true", help="measure the method's theory instead, theory.py: on --n traces "
+    g.add_argument("--theory", action="store_true", help="measure the method's theory, theory.py: on --n traces "
                    "(default: 8) without and with the instruction, of --limit (default: 600) harmful prompts of the run")
-    p.add_argument("--sources", nargs="+", default=[], metavar="OUT", help="with --theory: other runs whose data to measure")
-    p.add_argument("--compare", nargs="+", metavar="OUT", help="tables and figures of these runs instead, in --out: compare.py")
-    p.add_argument("--group", default=compare.SEEDS, metavar="PATTERN", help="with --compare: its first group in a folder's name "
+    g.add_argument("--sources", nargs="+", default=(), metavar="OUT", help="with --theory: other runs whose data to measure")
+    g.add_argument("--compare", nargs="+", metavar="OUT", help="tables and figures of these runs, in --out: compare.py")
+    g.add_argument("--group", default=compare.SEEDS, metavar="PATTERN", help="with --compare: its first group in a folder's name "
                    "is the method; runs of one method are its seeds")
     add_sampling_flags(p)
     add_shard_flag(p)

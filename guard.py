@@ -308,13 +308,14 @@ def combine(verdicts):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--guard", nargs="+", metavar="GUARD",
+    g = p.add_argument_group("judging")
+    g.add_argument("--guard", nargs="+", metavar="GUARD",
                    help=f"one or more of {', '.join(GUARDS)}; NAME=FOLDER; or any chat model "
                    "(default: tiny for the tiny student, else qwen3guard-0.6b with a GPU and self without)")
-    p.add_argument("--threshold", type=number(float, 0, 1), default=0.5, help="a response is unsafe from this p_unsafe on")
-    p.add_argument("--keep", choices=("safe", "unanimous"), default="safe",
+    g.add_argument("--threshold", type=number(float, 0, 1), default=0.5, help="a response is unsafe from this p_unsafe on")
+    g.add_argument("--keep", choices=("safe", "unanimous"), default="safe",
                    help="safe: every safe trace; unanimous: the first trace of a prompt, if all of its n traces are safe")
-    p.add_argument("--pack-tokens", type=count, default=16384, help="tokens in one prefill")
+    p.machine.add_argument("--pack-tokens", type=count, default=16384, help="tokens in one prefill")
     add_shard_flag(p)
     args = p.parse_args()
 

@@ -518,10 +518,10 @@ def sampling_options(args, model, earlier=None):
 
 def add_sampling_flags(p):
     g = p.add_argument_group("sampling (default: what an earlier stage used, the model's generation_config.json, the paper's)")
-    g.add_argument("--temperature", type=float, help="0 for the most likely token; paper 0.6")
-    g.add_argument("--top-p", type=float, help="paper 0.95")
-    g.add_argument("--top-k", type=int, help="0 for all; paper 20 (Qwen3), 0 (R1)")
-    g.add_argument("--max-new-tokens", type=count, help="paper 16384; tiny world 256")
+    g.add_argument("--temperature", type=float, help="0: always the most likely token; paper 0.6")
+    g.add_argument("--top-p", type=float, help="share of the probability that is drawn from; paper 0.95")
+    g.add_argument("--top-k", type=int, help="tokens that are drawn from, 0 for all; paper 20 (Qwen3), 0 (R1)")
+    g.add_argument("--max-new-tokens", type=count, help="longest trace, tokens; paper 16384, tiny world 256")
     g.add_argument("--slots", type=count, default=64, help="sequences decoded at a time")
     g.add_argument("--seed", type=seed_value, help="of the random draws (default: 0; later stages take over that of sample.py)")
 
@@ -542,15 +542,17 @@ def main():
         return bench([a for a in sys.argv[1:] if a != "--bench"])
     p = parser(__doc__)
     p.add_argument("--bench", action="store_true", help="time the sampler against transformers.generate (--bench --help)")
-    p.add_argument("--kv-bits", type=int, choices=(16, 8), default=16, help="8: the cache as int8, on a GPU; half the memory")
-    p.add_argument("--model", default="auto", help="student: auto, tiny, a Hugging Face folder, or a hub name")
-    p.add_argument("--prompts", help="safechain, eopsa, ...: a set of data.py; a .jsonl .json .csv .tsv .parquet file or URL; or "
+    p.machine.add_argument("--kv-bits", type=int, choices=(16, 8), default=16,
+                           help="8: the cache as int8, on a GPU; half the memory")
+    g = p.add_argument_group("prompts and traces")
+    g.add_argument("--model", default="auto", help="student: auto, tiny, a Hugging Face folder, or a hub name")
+    g.add_argument("--prompts", help="safechain, eopsa, ...: a set of data.py; a .jsonl .json .csv .tsv .parquet file or URL; or "
                    "owner/name[:config[:split]][@revision] on the hub (default: the tiny world's)")
-    p.add_argument("--label", choices=LABELS, help="what prompts are that have no label of their own")
-    p.add_argument("--steer", choices=STEER, default="default", help="wording of the refusal instruction on harmful prompts")
-    p.add_argument("--n", type=count, default=1, help="traces per prompt")
-    p.add_argument("--limit", type=count, help="only the first LIMIT prompts")
-    p.add_argument("--retries", type=count, metavar="N", help="after guard.py, which is to run again then: one more trace for "
+    g.add_argument("--label", choices=LABELS, help="what prompts are that have no label of their own")
+    g.add_argument("--steer", choices=STEER, default="default", help="wording of the refusal instruction on harmful prompts")
+    g.add_argument("--n", type=count, default=1, help="traces per prompt")
+    g.add_argument("--limit", type=count, help="only the first LIMIT prompts")
+    g.add_argument("--retries", type=count, metavar="N", help="after guard.py, which is to run again then: one more trace for "
                    "each prompt of which none was kept, up to N. Prompts that are seldom answered safely weigh more by it, "
                    "and of their kept traces more are the guard's mistakes")
     add_sampling_flags(p)

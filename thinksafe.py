@@ -165,7 +165,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the docstring's lines, and shows each flag's default where it has one."""
 
     def _get_help_string(self, action):
-        hide = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        hide = action.default is None or action.default is False or action.default in (argparse.SUPPRESS, ())
         return action.help + ("" if hide else " (default: %(default)s)")
 
 
@@ -198,15 +198,16 @@ def device(name):
 
 
 def parser(doc):
-    """An ArgumentParser that shows the script's own docstring, with the flags that every stage has."""
+    """An ArgumentParser that shows the script's own docstring, with the flags that every stage has, in its group `machine`."""
     p = Parser(description=doc, formatter_class=HelpFormatter)
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():           # torchrun: "cuda" is this process's own
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    p.add_argument("--out", type=Path, default=Path("out"), help="folder of the run, shared by all stages")
-    p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+    p.machine = g = p.add_argument_group("folder and machine")
+    g.add_argument("--out", type=Path, default=Path("out"), help="folder of the run, shared by all stages")
+    g.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of the weights; auto is bfloat16 on a GPU and float32 on a CPU")
-    p.add_argument("--quantize", choices=("nf4", "int8"),
+    g.add_argument("--quantize", choices=("nf4", "int8"),
                    help="keep the linear layers of the models in 4 or 8 bits, by bitsandbytes: less memory, not faster")
     return p
 
@@ -451,8 +452,9 @@ def add_shard_flag(p):
     elif "SLURM_ARRAY_TASK_ID" in env and "SLURM_ARRAY_TASK_COUNT" in env:
         first, by = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
         default = f"{(int(env['SLURM_ARRAY_TASK_ID']) - first) // by + 1}/{env['SLURM_ARRAY_TASK_COUNT']}"
-    p.add_argument("--shard", type=shard, default=default, metavar="I/N", help="do the I-th of N parts of the rows, into a "
-                   "file of its own; N may change between runs. torchrun and arrays of Slurm jobs say I and N themselves")
+    p.machine.add_argument("--shard", type=shard, default=default, metavar="I/N",
+                           help="do the I-th of N parts of the rows, into a file of its own; N may change between runs. torchrun "
+                           "and arrays of Slurm jobs say I and N themselves")
 
 
 def shard_range(shard):

@@ -544,39 +544,46 @@ stay under its licence; the rows have that of their source.
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--model", help="student (default: the model that sample.py used)")
-    p.add_argument("--data", help="rows to train on: star1, directrefusal, thinksafe-qwen3-0.6b, ...: a set of data.py; or a "
+    g = p.add_argument_group("student and rows")
+    g.add_argument("--model", help="student (default: the model that sample.py used)")
+    g.add_argument("--data", help="rows to train on: star1, directrefusal, thinksafe-qwen3-0.6b, ...: a set of data.py; or a "
                    "file, URL or hub name as for sample.py --prompts (default: OUT/guarded.jsonl)")
-    p.add_argument("--label", choices=LABELS, help="what prompts of --data are that have no label of their own")
-    p.add_argument("--limit", type=count, help="only so many rows, drawn with the seed, equally many of each prompt_label")
-    g = p.add_mutually_exclusive_group()
+    g.add_argument("--label", choices=LABELS, help="what prompts of --data are that have no label of their own")
+    g.add_argument("--limit", type=count, help="only so many rows, drawn with the seed, equally many of each prompt_label")
+    method = p.add_argument_group("method")
+    g = method.add_mutually_exclusive_group()
     g.add_argument("--strip-cot", choices=("harmful", "all"), help="train these rows to answer after an empty reasoning")
     g.add_argument("--primer", nargs="?", const=PRIMER, help="SafePath: harmful prompts get <think> and these words as their "
                    f"whole target, without an end; benign ones are left out; no responses are needed (without words: {PRIMER})")
     g.add_argument("--safekey", action="store_true", help=f"SafeKey: {SAFEKEY_WEIGHT} of two more losses in the last "
                    f"{SAFEKEY_EPOCHS} epochs: a key sentence without its prompt, harm told from hidden states; the sentence is "
                    "where summary_end_idx and next_sentence_end_idx of the row say, else the second of the reasoning")
-    p.add_argument("--kl", action="store_true", help="benign rows: forward KL to the frozen student instead of cross-entropy")
-    p.add_argument("--full", action="store_true", help="train all weights instead of LoRA (in fp32, whatever --dtype says)")
-    p.add_argument("--merge", action="store_true", help="write a merged model that transformers loads, instead of an adapter")
-    p.add_argument("--cache-reference", type=number(float, 0), default=0, metavar="GB",
+    g = method
+    g.add_argument("--kl", action="store_true", help="benign rows: forward KL to the frozen student instead of cross-entropy")
+    g.add_argument("--full", action="store_true", help="train all weights instead of LoRA (in fp32, whatever --dtype says)")
+    g.add_argument("--cache-reference", type=number(float, 0), default=0, metavar="GB",
                    help="with --kl: compute the frozen student's hidden states once, onto disk, if they fit into so many GB")
     g = p.add_argument_group("recipe (default: the paper's; for the tiny student its own)")
     bounds = {"lr": (1e-12, 100), "lora_alpha": (1e-6, 1e6), "lora_dropout": (0, 0.99)}
+    what = {"lr": "highest learning rate", "epochs": "passes over the rows", "batch_size": "rows in an optimizer step",
+            "max_length": "tokens; longer rows are left out", "lora_r": "rank", "lora_alpha": "LoRA is scaled by alpha / r",
+            "lora_dropout": "share of a layer's inputs", "lora_targets": "which linear layers"}
     for key, value in PAPER.items():
         kind = str if key == "lora_targets" else number(type(value), *bounds.get(key, (1,)))
-        what = {"batch_size": "rows per optimizer step; ", "max_length": "tokens; longer rows are left out; "}.get(key, "")
-        g.add_argument("--" + key.replace("_", "-"), type=kind, help=f"{what}paper {value}, tiny {TINY_RECIPE[key]}")
-    g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps")
+        g.add_argument("--" + key.replace("_", "-"), type=kind, help=f"{what[key]}; paper {value}, tiny {TINY_RECIPE[key]}")
+    g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps in which the learning rate rises")
     g.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="of AdamW")
     g.add_argument("--clip", type=number(float, 1e-9), default=1.0, help="largest norm of the gradient")
     g.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="torch's, or bitsandbytes' in 8 bits")
-    p.add_argument("--pack-tokens", type=count, default=16384, help="tokens in one pass: fewer need less memory, the loss stays")
-    p.add_argument("--save-every", type=count, default=50, help="optimizer steps between checkpoints")
-    p.add_argument("--track", choices=("wandb", "tensorboard", "trackio"), help="send the rows of metrics.jsonl there too; "
+    p.machine.add_argument("--pack-tokens", type=count, default=16384,
+                           help="tokens in one pass: fewer need less memory, the loss stays")
+    g = p.add_argument_group("what is written")
+    g.add_argument("--merge", action="store_true", help="write a merged model that transformers loads, instead of an adapter")
+    g.add_argument("--save-every", type=count, default=50, help="optimizer steps between checkpoints")
+    g.add_argument("--track", choices=("wandb", "tensorboard", "trackio"), help="send the rows of metrics.jsonl there too; "
                    "tensorboard: OUT/tensorboard")
-    p.add_argument("--dry-run", action="store_true", help="show configuration, memory plan and one example; write nothing")
-    p.add_argument("--export", choices=("trl",), help="write the rows for TRL's SFTTrainer, OUT/trl.jsonl, and stop")
+    g.add_argument("--dry-run", action="store_true", help="show configuration, memory plan and one example; write nothing")
+    g.add_argument("--export", choices=("trl",), help="write the rows for TRL's SFTTrainer, OUT/trl.jsonl, and stop")
     add_online_flags(p)
     add_sampling_flags(p)
     args = p.parse_args()

@@ -1,4 +1,9 @@
-"""What people see of the scripts: progress on a terminal and in a log file, trackers, the chat."""
+"""What people see of the scripts: --help, progress on a terminal and in a log file, trackers, the chat."""
+import argparse
+import ast
+import contextlib
+import functools
+import importlib
 import io
 import json
 import os
@@ -11,13 +16,136 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from conftest import ROOT, call, rows_of
+from conftest import ROOT, call, rows_of, run
 
 import thinksafe
 from eval import for_terminal
 from guard import load_guard
 from sample import Sampler
 from thinksafe import decode_response, encode_prompt, load_decoder, progress
+
+# ---------------------------------------------------------------------------------------------
+# --help
+
+SCRIPTS = ("sample", "guard", "train", "eval", "report")
+SOURCES = {path.stem: ast.parse(path.read_text("utf-8")) for path in ROOT.glob("*.py")}
+
+
+@functools.cache
+def definitions(module):
+    """{name: (module where it is defined, syntax tree)} of a file's own functions, classes and constants, and those that it imports
+    from the other files here."""
+    found = {}
+    for node in SOURCES[module].body:
+        if isinstance(node, ast.ImportFrom) and node.module in SOURCES:
+            theirs = definitions(node.module)
+            found |= {a.asname or a.name: theirs[a.name] for a in node.names if a.name in theirs}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = module, node
+        elif isinstance(node, ast.Assign | ast.AugAssign):
+            found |= {n.id: (module, node) for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return found
+
+
+def words_in(node, unit, module, seen=()):
+    """The strings that an expression of a function is made of, also by way of names."""
+    found = set()
+    for n in ast.walk(node):
+        if isinstance(n, ast.Constant) and isinstance(n.value, str):
+            found.add(n.value)
+        elif isinstance(n, ast.Name) and n.id not in seen:
+            its = [a.value for a in ast.walk(unit) if isinstance(a, ast.Assign) and any(getattr(t, "id", 0) == n.id for t in a.targets)]
+            home, where = definitions(module).get(n.id, (module, None))
+            for value in its or ([where.value] if isinstance(where, ast.Assign) else []):
+                found |= words_in(value, unit, home if not its else module, (*seen, n.id))
+    return found
+
+
+def flags_read(script):
+    """The flags (their `dest`) that are read by what a script's main() can reach: args.x, getattr(args, "x"), and getattr(args, name)
+    where a loop over strings gives the name. `check_flags` does not count: it only says which flags would do nothing."""
+    todo, seen, read = [(script, "main")], set(), set()
+    while todo:
+        home, unit = definitions(todo[-1][0]).get(todo.pop()[1], (None, None))
+        if unit is None or id(unit) in seen or getattr(unit, "name", "") == "check_flags":
+            continue
+        seen.add(id(unit))
+        loops = [n for n in ast.walk(unit) if isinstance(n, ast.For | ast.comprehension)]
+        for n in ast.walk(unit):
+            if isinstance(n, ast.Name):
+                todo.append((home, n.id))
+            elif isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name):
+                if n.value.id in SOURCES:
+                    todo.append((n.value.id, n.attr))
+                elif n.value.id == "args" and isinstance(n.ctx, ast.Load):
+                    read.add(n.attr)
+            elif isinstance(n, ast.Call) and ast.unparse(n.func) == "getattr" and ast.unparse(n.args[0]) == "args":
+                key = n.args[1]
+                over = [key] if isinstance(key, ast.Constant) else [
+                    loop.iter for loop in loops if key.id in {t.id for t in ast.walk(loop.target) if isinstance(t, ast.Name)}]
+                for expression in over:
+                    read |= words_in(expression, unit, home)
+            elif isinstance(n, ast.Compare) and ast.unparse(n).endswith("in sys.argv"):
+                read.add(n.left.value.strip("-"))
+    return read
+
+
+def parser_of(script, monkeypatch):
+    """The ArgumentParser that a script's main() makes."""
+    made = []
+
+    def stop(parser):
+        made.append(parser)
+        raise SystemExit(0)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [script])
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(script).main()
+    return made[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read_and_says_what_it_is(script, monkeypatch):
+    parser, read = parser_of(script, monkeypatch), flags_read(script)
+    flags = [action for action in parser._actions if action.dest != "help"]
+    assert not {action.dest for action in flags} - read
+    units = ("token", "row", "prompt", "trace", "sequence", "step", "pass", "share", "p_unsafe", "GB", "MB", "memory", "norm", "rank", "scaled", "rate",
+             "AdamW", "draws")
+    for action in flags:
+        name = action.option_strings[0]
+        assert action.help and len(action.help) > 5, name
+        if getattr(action.type, "__name__", "") in ("int", "float"):
+            assert any(unit in action.help for unit in units), f"{name}: of what?"
+
+
+def test_flags_read_tells_flags_of_other_scripts():
+    """So that the test above can fail: what another script reads is not read here."""
+    read = {script: flags_read(script) for script in SCRIPTS}
+    assert "temperature" in read["sample"] and not {"threshold", "keep", "lr", "judge", "no_such_flag"} & read["sample"]
+    assert "threshold" in read["guard"] and not {"temperature", "n", "slots", "kl"} & read["guard"]
+    assert {"lr", "lora_targets", "weight_decay", "rollouts", "teacher"} <= read["train"] and not {"keep", "sources", "retries"} & read["train"]
+    assert {"sources", "compare", "group", "chat"} <= read["eval"] and not {"lr", "kl", "keep"} & read["eval"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_grouped_and_fits(script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "130")
+    done = call(f"{script}.py", "--help")
+    assert done.returncode == 0 and done.stderr == "" and max(map(len, done.stdout.splitlines())) <= 130
+    assert "[]" not in done.stdout and "None" not in done.stdout
+    if script != "report":                                            # with its three flags
+        ungrouped = re.search(r"\noptions:\n(.*?)\n\n", done.stdout, re.S)[1]
+        assert set(re.findall(r"^  (-\S+)", ungrouped, re.M)) <= {"-h,", "--bench"}
+        assert "\nfolder and machine:\n  --out OUT" in done.stdout
+
+
+def test_help_of_a_fresh_process():
+    done = run("sample.py", "--help", check=False)
+    assert done.returncode == 0 and done.stdout.startswith("usage: sample.py") and done.stderr == ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Progress
 
 
 def on_a_terminal(*command, typed=""):
