@@ -474,10 +474,10 @@ def tracking(name, out, run_id, config):
                 writer.flush()                                             # what is in the file is not sent again
             yield send
     else:
-        tracker = importlib.import_module(name)
         try:
+            tracker = importlib.import_module(name)
             tracker.init(project="thinksafe", name=run_id, config=config, resume="allow",
-                         **({"id": run_id, "dir": out} if name == "wandb" else {}))
+                         **({"id": run_id[-8:], "dir": out} if name == "wandb" else {}))
         except Exception as e:                                             # no account, no network, ...
             raise InputError(f"--track {name}: {e}")
         yield lambda row: tracker.log({key: row[key] for key in row.keys() - {"step"}}, step=row["step"])

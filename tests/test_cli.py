@@ -261,7 +261,7 @@ def test_a_tracker_gets_each_row_of_the_metrics_once(name, monkeypatch, training
         assert row.keys() == kept.keys() and all(row[key] == kept[key] for key in row.keys() - times)
     first, second = said.init
     assert first == second and re.fullmatch(r"run-[0-9a-f]{8}", first["name"]) and first["resume"] == "allow"
-    assert first["config"]["batch_size"] == 1 and first.get("id") == (first["name"] if name == "wandb" else None)
+    assert first["config"]["batch_size"] == 1 and first.get("id") == (first["name"][-8:] if name == "wandb" else None)
 
 
 def test_a_tracker_that_comes_later_gets_the_earlier_rows_and_a_new_run_another_name(monkeypatch, training):
