@@ -8,6 +8,7 @@ profile hook counts the operations on files and stops it at one of them: before 
 tried side by side, on as many cores as there are.
 """
 import contextlib
+import csv
 import functools
 import gc
 import io
@@ -33,6 +34,7 @@ from templates import LLAMA_GUARD_3_1B, LLAMA_GUARD_3_8B, QWEN3GUARD, add_tokens
 
 import thinksafe
 import train
+from compare import comma_separated, markdown
 from data import training_rows
 from guard import GUARDS, Guard, imitates, load_guard
 from kernels.ce_kl import ce_kl_loss
@@ -396,6 +398,60 @@ def test_truncated_weights_are_named(undisturbed, tries, some, tmp_path, what, s
             shutil.copytree(fresh, out)
             path.write_bytes(data[:size])
             assert path.name in one_line(call(*flags))
+
+
+@pytest.mark.parametrize("name", ["guard", "train", "eval"])
+def test_run_records_that_were_edited(undisturbed, tries, some, tmp_path, name):
+    """One value of an earlier stage is something else, or missing: the run ends, or says in one line why not."""
+    out = copied(undisturbed, name, tmp_path)
+    text = (out / "run.json").read_text()
+    cases = [(before, at, key, value) for before, entry in json.loads(text).items() for at in ("", "identity") for key in (entry[at] if at else entry)
+             if key in ("model", "rows", "guards", "identity", "arguments", "labels", "left_out", "steps", "n", "seed", "steer") for value in (..., None, "x\x1b[2J", [])]
+    for before, at, key, value in some(cases, 5):
+        with tries("fault"):
+            run = json.loads(text)
+            changed = run[before][at] if at else run[before]
+            changed.pop(key) if value is ... else changed.update({key: value})
+            copied(undisturbed, name, tmp_path)
+            (out / "run.json").write_text(json.dumps(run))
+            done = call(*FLAGS[name], "--out", out)
+            assert done.returncode == 0 and printable(done.stdout) or one_line(done), (before, at, key, value)
+
+
+@pytest.mark.parametrize("change", [{"step": "3"}, {"step": -1}, {"step": 99}, {"step": ...}, {"metrics": 5}, {"metrics": []}, {"identity": ...}, "param", "optim", "shape"], ids=str)
+def test_checkpoints_that_were_edited(undisturbed, tries, tmp_path, change):
+    out = copied(undisturbed, "train", tmp_path)
+    for path in ("checkpoint.safetensors", "metrics.jsonl", "run.json"):
+        shutil.copy(undisturbed["train"] / path, out)
+    tensors, meta = load_state(out / "checkpoint.safetensors")
+    if change == "shape":
+        name = next(name for name in tensors if name.startswith("param."))
+        tensors[name] = tensors[name][:1].clone()                         # would be spread over all
+    elif isinstance(change, str):
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(f"{change}.{'0.' if change == 'optim' else ''}")}
+    else:
+        meta = {key: value for key, value in {**meta, **change}.items() if value is not ...}
+    thinksafe.save_state(out / "checkpoint.safetensors", tensors, meta)
+    with tries("fault"):
+        assert "checkpoint.safetensors" in one_line(call(*FLAGS["train"], "--out", out))
+
+
+def test_links_in_the_folder_of_a_run(undisturbed, tries, tmp_path):
+    """Nothing is written to where they lead, and no link stops a stage for good."""
+    (tmp_path / "mine").write_text("mine")
+    out = copied(undisturbed, "guard", tmp_path)
+    with tries("attack"):
+        (out / "run.json.tmp").symlink_to(tmp_path / "mine")
+        goes_on(undisturbed, "guard", out)
+    for target in ("elsewhere", "nowhere", "out/model"):
+        with tries("fault"):
+            out = copied(undisturbed, "train", tmp_path)
+            (tmp_path / "elsewhere").mkdir(exist_ok=True)
+            (tmp_path / "elsewhere" / "weights").write_text("mine")
+            (out / "model").symlink_to(tmp_path / target)
+            goes_on(undisturbed, "train", out)
+            goes_on(undisturbed, "train", out)
+    assert (tmp_path / "mine").read_text() == (tmp_path / "elsewhere" / "weights").read_text() == "mine"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -931,3 +987,48 @@ def test_what_is_printed_is_inert(undisturbed, tries, tmp_path, text):
             one_line(run("sample.py", "--model", "tiny", "--prompts", path, "--out", tmp_path / "new"))
     with tries("attack"):
         one_line(run("sample.py", "--model", f"no/{text}", "--out", tmp_path / "new"))
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;owned\x07", "\u202eevil"])
+def test_names_of_files_and_folders_are_inert(tries, tmp_path, text):
+    path, out = tmp_path / f"{text}.jsonl", tmp_path / f"out{text}"
+    path.write_text(2 * (json.dumps({"instruction": "Hi", "prompt_label": "vanilla_benign", "response": "<think>\na\n</think>\n\nb"}) + "\n"))
+    sample, data = ("sample.py", "--model", "tiny", "--prompts", path, "--max-new-tokens", 1), ("--model", "tiny", "--data", path)
+    for flags in ((*sample, "--shard", "1/2"), (*sample, "--shard", "2/2"), ("train.py", *data, "--dry-run"), ("train.py", *data, "--export", "trl"), ("report.py",)):
+        with tries("attack"):
+            done = call(*flags, "--out", out)
+            assert done.returncode == 0 and inert(text) in done.stdout and printable(done.stdout) and printable(done.stderr), (done.stdout, done.stderr)
+
+
+FORMULAS = ["=HYPERLINK(1)", "+1+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "a | b", "<script>alert(1)</script>", "[click](http://evil)", "![x](http://evil)", "`a` **b**", "\x1b[2J",
+            "a\n# b", "back\\slash|"]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_tables_are_inert(undisturbed, tries, tmp_path, text):
+    """Markdown and CSV of --compare, and the model card: one cell stays one cell, and its text is only text."""
+    acts = re.compile(r"(?<!\\)(?:\\\\)*(?:[<`*]|\]\()|[\x1b\r]")                # what is behind an odd number of \\ does nothing
+
+    def cells(line):
+        return len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) - 1
+    methods = {text: {"seeds": 1, f"harm_{text}": {"value": 1.0}}}
+    with tries("attack"):
+        lines = markdown(methods).splitlines()
+        assert [cells(line) for line in lines] == [3, 3, 3] and not acts.search("".join(lines)) and "harm, " in lines[0]
+    with tries("attack"):
+        rows = list(csv.reader(io.StringIO(comma_separated(methods))))
+        assert [len(row) for row in rows] == [6, 6] and inert(text) in rows[1][0]
+        assert not [cell for row in rows for cell in row if cell.startswith(("=", "+", "-", "@")) or not printable(cell)]
+    with tries("attack"):
+        out = tmp_path / "out"
+        shutil.copytree(undisturbed["eval"], out)
+        run, report = (json.loads((out / f"{name}.json").read_text()) for name in ("run", "eval"))
+        honest = train.model_card(out)
+        run["train"]["left_out"], run["guard"]["guards"] = {text: 1}, [text]
+        run["sample"]["model"] = run["train"]["model"] = "/" + text.replace("/", "")
+        report.update(judge=text, before={text: report["before"]["harm"]}, after={text: report["after"]["harm"]})
+        (out / "run.json").write_text(json.dumps(run))
+        (out / "eval.json").write_text(json.dumps(report))
+        card = train.model_card(out)
+        assert "judged by" in card and card.count("\n") == honest.count("\n") - len(json.loads((undisturbed["eval"] / "eval.json").read_text())["after"]) + 1
+        assert len(acts.findall(card)) == len(acts.findall(honest))
