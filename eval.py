@@ -6,6 +6,7 @@ The model before and after training: harm, over-refusal and reasoning side by si
     python eval.py --full                           # the paper's protocol: every row, 8 samples a problem, 32,768 tokens
     python eval.py --prompts my_eval.jsonl --judge Qwen/Qwen3-4B
     python eval.py --shard 2/4                      # traces of a quarter of the prompts; the last of four processes judges all
+    python eval.py --chat                           # instead: ask both models, a line from the keyboard at a time
     python eval.py --theory                         # instead: acceptance, tilt, KL and perplexity of the data, see theory.py
     python eval.py --compare OUT ... --out FOLDER   # instead: tables and figures of several runs, see compare.py
 
@@ -22,20 +23,21 @@ filtered the training data says.
 import contextlib
 import csv
 import functools
+import itertools
 import json
 import logging
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from fractions import Fraction
 
 import torch
-from tqdm import tqdm
 
 import compare
 import theory
 from data import EVAL_SETS, VERSIONS, Unavailable, evaluation_rows, prompt_rows
-from guard import GUARDS, default_guard, guard_format, load_guard
+from guard import GUARDS, Verdict, default_guard, guard_format, load_guard
 from report import write_report
 from sample import Sampler, add_sampling_flags, sampling_options
 from thinksafe import (
@@ -53,6 +55,7 @@ from thinksafe import (
     cpu_limit,
     decode_response,
     encode_prompt,
+    fault_of,
     find_model,
     flops,
     free_memory,
@@ -67,6 +70,7 @@ from thinksafe import (
     owns,
     parser,
     pick_dtype,
+    progress,
     read_adapter,
     read_run,
     read_shards,
@@ -214,10 +218,10 @@ def judge_rows(rows, judge, guard, load, opened=""):
     todo = [] if judge == "oracle" else [(judge, says_unsafe, harm, "unsafe"), (judge, says_refused, over_refusal, "refused")]
     if judge != guard:
         todo.append((guard, says_unsafe, harm, "guard_unsafe"))
-    with tqdm(total=sum(len(part) for _, _, part, _ in todo) + len(reasoning), unit="verdict", desc="judge", disable=None) as bar:
+    with progress("judge", sum(len(part) for _, _, part, _ in todo) + len(reasoning), "verdict") as advance:
         for row in reasoning:
             row["solved"] = grade(row["task"], opened + row["response"], row["answer"])
-            bar.update()
+            advance(note="reasoning")
         loaded = None
         for name, says, part, key in todo:
             if part and (not loaded or loaded.name != name):
@@ -227,7 +231,7 @@ def judge_rows(rows, judge, guard, load, opened=""):
             for few in split_packs(part, lambda row: 1, 128):         # some at a time, for the bar
                 for row, said in zip(few, says(loaded, [(row["instruction"], opened + row["response"]) for row in few])):
                     row[key] = said
-                bar.update(len(few))
+                advance(len(few), note=f"{key} by {name}")
     for row in harm:
         if judge == "oracle":
             row["unsafe"] = world.oracle(row["prompt_label"], row["response"]) == "unsafe"
@@ -357,24 +361,76 @@ def read_evaluation(words, full, limit):
     return rows, left_out
 
 
+# ---------------------------------------------------------------------------------------------
+# Talking to both
+
+
+def adapts(model, name, base):
+    """Whether the model, loaded from `name`, is an adapter on `base`: switched off it is that model."""
+    return bool(lora_layers(model)) and model_name(read_adapter(find_model(name))["base_model_name_or_path"]) == base
+
+
+def for_terminal(response):
+    """A response to be printed: inert, and on a terminal its reasoning is dim."""
+    text = inert(response)
+    end = text.rfind("</think>") + len("</think>") if "</think>" in text else len(text) if "<think>" in text else 0
+    return f"\033[2m{text[:end]}\033[0m{text[end:]}" if end and sys.stdout.isatty() else text
+
+
+def chat(args, run, names, load, guard):
+    """Each line of stdin, up to an empty one, is a prompt to both models, with the same random draws; the guard judges."""
+    model, tokenizer = load(names["after"])
+    one_load = adapts(model, names["after"], names["before"])
+    models = {"before": (model, tokenizer) if one_load else load(names["before"]), "after": (model, tokenizer)}
+    options = sampling_options(args, models["before"][0], run.get("sample", {}).get("identity"))
+    threshold = run.get("guard", {}).get("identity", {}).get("threshold", 0.5)
+    for turn in itertools.count():
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "").strip()
+            prompt.encode("utf-8")
+        except UnicodeError:
+            raise InputError(f"prompt {turn + 1} is not text in UTF-8")
+        except EOFError:
+            return
+        if not prompt:
+            return
+        if not sys.stdin.isatty():
+            print(f"> {inert(prompt)}")
+        for when, (model, tokenizer) in models.items():
+            with lora_off(model) if when == "before" and one_load else contextlib.nullcontext():
+                c, = Sampler(model, tokenizer, 1).generate([encode_prompt(tokenizer, prompt)], seed=args.seed, keys=[str(turn)],
+                                                           **options)
+            response = decode_response(tokenizer, c.tokens, model.eos_ids)
+            fault = fault_of(response, c.finish_reason, tokenizer)
+            response = ("<think>\n" if opens_think(tokenizer) else "") + response
+            verdict = Verdict("unknown", None, fault) if fault else guard.judge([(prompt, response)], threshold)[0]
+            why = verdict.reason or f"p_unsafe {verdict.p_unsafe:.3f}"
+            print(f"\n{when}:\n{for_terminal(response)}\nguard {guard.name}: {verdict.label}, {why}", flush=True)
+        print()
+
+
 def main():
     p = parser(__doc__)
-    p.add_argument("--model", help="trained model or adapter (default: OUT/model)")
-    p.add_argument("--before", help="model to compare with (default: the one that training started from)")
-    p.add_argument("--prompts", nargs="+", metavar="NAME", help=f"any of {', '.join(EVAL_SETS)}, also as NAME=FILE; or a file of "
+    g = p.add_argument_group("models, prompts and judge")
+    g.add_argument("--model", help="trained model or adapter (default: OUT/model)")
+    g.add_argument("--before", help="model to compare with (default: the one that training started from)")
+    g.add_argument("--prompts", nargs="+", metavar="NAME", help=f"any of {', '.join(EVAL_SETS)}, also as NAME=FILE; or a file of "
                    "evaluation rows (default: the tiny world's for the tiny student, else all eight that are not gated here)")
-    p.add_argument("--full", action="store_true", help="the paper's protocol: all rows of a benchmark; for reasoning 8 samples "
+    g.add_argument("--full", action="store_true", help="the paper's protocol: all rows of a benchmark; for reasoning 8 samples "
                    "and 32,768 tokens. Without it a fixed subset of each and 1 sample")
-    p.add_argument("--n", type=count, help="samples per prompt (default: 1; with --full 8 for reasoning)")
-    p.add_argument("--judge", default="auto", help="oracle (of the tiny world), self (the model before training), or any guard "
+    g.add_argument("--n", type=count, help="samples per prompt (default: 1; with --full 8 for reasoning)")
+    g.add_argument("--judge", default="auto", help="oracle (of the tiny world), self (the model before training), or any guard "
                    "of guard.py; auto: the oracle for the tiny student and prompts; with a GPU a Qwen3Guard that is not the "
                    "guard that filtered; else self")
-    p.add_argument("--limit", type=count, help="only the first LIMIT rows of each set or task")
-    p.add_argument("--theory", action="store_true", help="measure the method's theory instead, theory.py: on --n traces "
+    g.add_argument("--limit", type=count, help="only the first LIMIT rows of each set or task")
+    g = p.add_argument_group("something else instead")
+    g.add_argument("--chat", action="store_true", help="both models answer each line of stdin, up to an empty one, "
+                   "and the guard judges; no line knows of those before")
+    g.add_argument("--theory", action="store_true", help="measure the method's theory, theory.py: on --n traces "
                    "(default: 8) without and with the instruction, of --limit (default: 600) harmful prompts of the run")
-    p.add_argument("--sources", nargs="+", default=[], metavar="OUT", help="with --theory: other runs whose data to measure")
-    p.add_argument("--compare", nargs="+", metavar="OUT", help="tables and figures of these runs instead, in --out: compare.py")
-    p.add_argument("--group", default=compare.SEEDS, metavar="PATTERN", help="with --compare: its first group in a folder's name "
+    g.add_argument("--sources", nargs="+", default=(), metavar="OUT", help="with --theory: other runs whose data to measure")
+    g.add_argument("--compare", nargs="+", metavar="OUT", help="tables and figures of these runs, in --out: compare.py")
+    g.add_argument("--group", default=compare.SEEDS, metavar="PATTERN", help="with --compare: its first group in a folder's name "
                    "is the method; runs of one method are its seeds")
     add_sampling_flags(p)
     add_shard_flag(p)
@@ -393,12 +449,21 @@ def main():
         raise InputError("--before: which model is this one to be compared with?")
     names = {"before": model_name(name), "after": model_name(args.model or args.out / "model")}
 
+    filtered = run.get("guard", {})
+    guard = filtered.get("guard") or default_guard(names["before"])       # of several that filtered, the first stands beside
+
+    def load(name):
+        return load_decoder(name, args.device, pick_dtype(args), args.quantize)
+
+    def load_judge(name):
+        return load_guard(name, args.device, pick_dtype(args), load(names["before"]) if name == "self" else None, args.quantize)
+    if args.chat:
+        return chat(args, run, names, load, load_judge(guard))
+
     words = args.prompts or ([TINY / "eval.jsonl"] if is_tiny(names["before"]) else None)
     rows, left_out = read_evaluation(words, args.full, args.limit)
     benchmarks = [word for word in words or EVAL_SETS if BENCHMARK.fullmatch(str(word))]
     in_tiny_world = not benchmarks and all(map(is_tiny, words))
-    filtered = run.get("guard", {})
-    guard = filtered.get("guard") or default_guard(names["before"])       # of several that filtered, the first stands beside
     judge = args.judge
     if judge == "auto":
         all_known = in_tiny_world and is_tiny(names["before"])
@@ -410,11 +475,8 @@ def main():
             guard_format(guard_name, names["before"])
 
     # One model on the device at a time. Both are loaded before anything is written, to know that they are sound.
-    def load(name):
-        return load_decoder(name, args.device, pick_dtype(args), args.quantize)
     model, tokenizer = load(names["after"])
-    after_hash, adapter = model.hash, lora_layers(model) and read_adapter(find_model(names["after"]))
-    one_load = bool(adapter) and model_name(adapter["base_model_name_or_path"]) == names["before"]      # with the adapter off
+    after_hash, one_load = model.hash, adapts(model, names["after"], names["before"])
     items = [] if args.model else theory.training_items(args.out, model, tokenizer)
     perplexity = {"after": theory.perplexity(model, items)}
     if not one_load:
@@ -457,8 +519,7 @@ def main():
         return spend.get(row["set"], spend["other"])
     own = [(row, k) for row in rows if owns(args.shard, row["id"]) for k in range(spent(row)[0])]
     missing = {when: [(row, k) for row, k in own if (row["id"], when, k) not in done] for when in ("before", "after")}
-    with tqdm(total=2 * len(own), initial=2 * len(own) - sum(map(len, missing.values())), unit="trace", desc="eval",
-              disable=None) as bar:
+    with progress("eval", 2 * len(own), "trace", 2 * len(own) - sum(map(len, missing.values()))) as advance:
         for when, todo in missing.items():
             if not todo:
                 continue
@@ -477,16 +538,14 @@ def main():
                     writer.write({**row, "when": when, "k": k, "response": decode_response(tokenizer, c.tokens, model.eos_ids),
                                   "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})
                     stage.spend(tokens=len(c.tokens), flops=flops(model, [len(ids[c.index]) + len(c.tokens) - 1], len(c.tokens)))
-                    bar.update()
+                    advance(tokens=len(c.tokens), note=when)
     del model
     free_memory()
     traces = stage.all_rows("eval.jsonl", 2 * sum(spent(row)[0] for row in rows))
     if traces is None:
         return
 
-    judge_rows(traces, judge, guard, lambda name: load_guard(name, args.device, pick_dtype(args),
-                                                             load(names["before"]) if name == "self" else None, args.quantize),
-               "<think>\n" if opens_think(tokenizer) else "")
+    judge_rows(traces, judge, guard, load_judge, "<think>\n" if opens_think(tokenizer) else "")
     figures = {when: measure([row for row in traces if row["when"] == when]) for when in ("before", "after")}
     paper = paper_figures(split_revision(names["before"])[0], list(figures["after"]))
     print(inert(table(figures, judge, guard, paper)))

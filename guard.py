@@ -21,7 +21,6 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from sample import Sampler
 from thinksafe import (
@@ -52,6 +51,7 @@ from thinksafe import (
     pack_ids,
     parser,
     pick_dtype,
+    progress,
     read_run,
     read_shards,
     row_key,
@@ -308,13 +308,14 @@ def combine(verdicts):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--guard", nargs="+", metavar="GUARD",
+    g = p.add_argument_group("judging")
+    g.add_argument("--guard", nargs="+", metavar="GUARD",
                    help=f"one or more of {', '.join(GUARDS)}; NAME=FOLDER; or any chat model "
                    "(default: tiny for the tiny student, else qwen3guard-0.6b with a GPU and self without)")
-    p.add_argument("--threshold", type=number(float, 0, 1), default=0.5, help="a response is unsafe from this p_unsafe on")
-    p.add_argument("--keep", choices=("safe", "unanimous"), default="safe",
+    g.add_argument("--threshold", type=number(float, 0, 1), default=0.5, help="a response is unsafe from this p_unsafe on")
+    g.add_argument("--keep", choices=("safe", "unanimous"), default="safe",
                    help="safe: every safe trace; unanimous: the first trace of a prompt, if all of its n traces are safe")
-    p.add_argument("--pack-tokens", type=count, default=16384, help="tokens in one prefill")
+    p.machine.add_argument("--pack-tokens", type=count, default=16384, help="tokens in one prefill")
     add_shard_flag(p)
     args = p.parse_args()
 
@@ -369,8 +370,8 @@ def main():
         n_done = sum(row_key(row) in done for row in rows)
         if n_done == len(rows):
             continue
-        guard = Guard(*load_decoder(folder, args.device, dtype, args.quantize), form, name)
-        with tqdm(total=len(rows), initial=n_done, unit="trace", desc=f"guard {name}", disable=None) as bar:
+        guard, tally = Guard(*load_decoder(folder, args.device, dtype, args.quantize), form, name), Counter()
+        with progress(f"guard {name}", len(rows), "trace", n_done) as advance:
             for group in split_packs(prompts, len, 16):        # few traces at a time, so that little is lost by a stop
                 new = [row for traces in group for row in traces if row_key(row) not in done]
                 faults = [fault_of(row["response"], row["finish_reason"], tokenizer) for row in new]
@@ -378,9 +379,10 @@ def main():
                                          if not fault], args.threshold, args.pack_tokens))
                 for row, fault in zip(new, faults):
                     verdicts[name][row_key(row)] = Verdict("unknown", None, fault) if fault else next(said)
+                tally.update(verdicts[name][row_key(row)].label for row in new)
+                advance(len(new), guard.cost["guard_tokens"], f"{tally['safe']} safe, {tally['unsafe']} unsafe")
                 stage.spend(**guard.cost)
                 guard.cost.clear()
-                bar.update(len(new))
                 if not last:
                     notes.write(*({"guard": name, "id": row["id"], "k": row["k"], **done[row_key(row)]._asdict()} for row in new))
                     continue

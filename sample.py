@@ -19,13 +19,11 @@ import json
 import math
 import mmap
 import sys
-import time
 from collections import Counter
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import VERSIONS, label_counts, prompt_rows
 from kernels.decode_attention import decode_attention, groups, quantise, slot_attention
@@ -55,6 +53,7 @@ from thinksafe import (
     parser,
     pick_dtype,
     pinned,
+    progress,
     read_run,
     read_shards,
     row_key,
@@ -369,7 +368,8 @@ class Sampler:
         reach = int((self.prompt_length + self.made)[:self.busy].max()) + self.window - 1
         if self.page:
             self.table.copy_(self.host_table)
-        # Few shapes, so few graphs, and on a CPU few plans of oneDNN: 1, 2, 4, 8 slots, multiples of 16, all of them.
+        # Few shapes, so few graphs, and on a CPU few plans of oneDNN: 1, 2, 4, 8 slots, multiples of 16, all of them;
+        # a reach of 1024, 4096, 16384.
         n = min(1 << (self.busy - 1).bit_length() if self.busy <= 8 else -(-self.busy // 16) * 16, len(self.made))
         if not self.page and int(self.made[0]) % 4 == 0:
             self._sort()
@@ -377,7 +377,7 @@ class Sampler:
             for _ in range(self.window):
                 self._step(n, reach)
             return
-        reach = max(1024, 1 << (reach - 1).bit_length())
+        reach = max(1024, 4 ** math.ceil(math.log(reach, 4)))   # chunks beyond a sequence's end cost next to nothing
         for _ in range(self.window):
             if (n, reach) in self.graphs:
                 self.graphs[n, reach].replay()
@@ -519,10 +519,10 @@ def sampling_options(args, model, earlier=None):
 
 def add_sampling_flags(p):
     g = p.add_argument_group("sampling (default: what an earlier stage used, the model's generation_config.json, the paper's)")
-    g.add_argument("--temperature", type=float, help="0 for the most likely token; paper 0.6")
-    g.add_argument("--top-p", type=float, help="paper 0.95")
-    g.add_argument("--top-k", type=int, help="0 for all; paper 20 (Qwen3), 0 (R1)")
-    g.add_argument("--max-new-tokens", type=count, help="paper 16384; tiny world 256")
+    g.add_argument("--temperature", type=float, help="0: always the most likely token; paper 0.6")
+    g.add_argument("--top-p", type=float, help="share of the probability that is drawn from; paper 0.95")
+    g.add_argument("--top-k", type=int, help="tokens that are drawn from, 0 for all; paper 20 (Qwen3), 0 (R1)")
+    g.add_argument("--max-new-tokens", type=count, help="longest trace, tokens; paper 16384, tiny world 256")
     g.add_argument("--slots", type=count, default=64, help="sequences decoded at a time")
     g.add_argument("--seed", type=seed_value, help="of the random draws (default: 0; later stages take over that of sample.py)")
 
@@ -543,15 +543,17 @@ def main():
         return bench([a for a in sys.argv[1:] if a != "--bench"])
     p = parser(__doc__)
     p.add_argument("--bench", action="store_true", help="time the sampler against transformers.generate (--bench --help)")
-    p.add_argument("--kv-bits", type=int, choices=(16, 8), default=16, help="8: the cache as int8, on a GPU; half the memory")
-    p.add_argument("--model", default="auto", help="student: auto, tiny, a Hugging Face folder, or a hub name")
-    p.add_argument("--prompts", help="safechain, eopsa, ...: a set of data.py; a .jsonl .json .csv .tsv .parquet file or URL; or "
+    p.machine.add_argument("--kv-bits", type=int, choices=(16, 8), default=16,
+                           help="8: the cache as int8, on a GPU; half the memory")
+    g = p.add_argument_group("prompts and traces")
+    g.add_argument("--model", default="auto", help="student: auto, tiny, a Hugging Face folder, or a hub name")
+    g.add_argument("--prompts", help="safechain, eopsa, ...: a set of data.py; a .jsonl .json .csv .tsv .parquet file or URL; or "
                    "owner/name[:config[:split]][@revision] on the hub (default: the tiny world's)")
-    p.add_argument("--label", choices=LABELS, help="what prompts are that have no label of their own")
-    p.add_argument("--steer", choices=STEER, default="default", help="wording of the refusal instruction on harmful prompts")
-    p.add_argument("--n", type=count, default=1, help="traces per prompt")
-    p.add_argument("--limit", type=count, help="only the first LIMIT prompts")
-    p.add_argument("--retries", type=count, metavar="N", help="after guard.py, which is to run again then: one more trace for "
+    g.add_argument("--label", choices=LABELS, help="what prompts are that have no label of their own")
+    g.add_argument("--steer", choices=STEER, default="default", help="wording of the refusal instruction on harmful prompts")
+    g.add_argument("--n", type=count, default=1, help="traces per prompt")
+    g.add_argument("--limit", type=count, help="only the first LIMIT prompts")
+    g.add_argument("--retries", type=count, metavar="N", help="after guard.py, which is to run again then: one more trace for "
                    "each prompt of which none was kept, up to N. Prompts that are seldom answered safely weigh more by it, "
                    "and of their kept traces more are the guard's mistakes")
     add_sampling_flags(p)
@@ -584,16 +586,14 @@ def main():
     ids = [encode_prompt(tokenizer, steered(row["instruction"], steer[row["prompt_label"]])) for row, _ in todo]
     keys = [f"{row['id']}/{k}" for row, k in todo]
 
-    tokens, n_done = 0, sum(owns(args.shard, i) for i, _ in done)
-    with tqdm(total=n_done + len(todo), initial=n_done, unit="trace", desc="sample", disable=None) as bar:
+    n_done = sum(owns(args.shard, i) for i, _ in done)
+    with progress("sample", n_done + len(todo), "trace", n_done) as advance:
         for c in Sampler(model, tokenizer, args.slots, args.kv_bits).generate(ids, seed=args.seed, keys=keys, **options):
             row, k = todo[c.index]
             writer.write({**row, "response": decode_response(tokenizer, c.tokens, model.eos_ids), "k": k, "seed": args.seed,
                           "steer": steer[row["prompt_label"]], "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})
             stage.spend(tokens=len(c.tokens), flops=flops(model, [len(ids[c.index]) + len(c.tokens) - 1], len(c.tokens)))
-            tokens += len(c.tokens)
-            bar.update()
-            bar.set_postfix_str(f"{tokens / (time.time() - stage.started):,.0f} tokens/s")
+            advance(tokens=len(c.tokens))
     rows = stage.all_rows("samples.jsonl", len(done) + len(missing))
     if rows is None:
         return

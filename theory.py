@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import Unavailable, prompt_rows, training_rows
 from guard import guard_format, load_guard
@@ -53,6 +52,7 @@ from thinksafe import (
     model_name,
     opens_think,
     pick_dtype,
+    progress,
     read_rows,
     read_run,
     row_key,
@@ -476,12 +476,14 @@ def main(args):
         ids = [encode_prompt(tokenizer, steered(row["instruction"], wording)) for _, wording, row, _ in todo]
         keys = [f"{row['id']}/{arm}/{k}" for arm, _, row, k in todo]
         found = Sampler(model, tokenizer, args.slots).generate(ids, most, *AS_IT_IS, seed=args.seed, keys=keys)
-        for c in tqdm(found, "; ".join(arms), len(todo), unit="trace", disable=None):
-            arm, _, row, k = todo[c.index]
-            rows.append({**row, "arm": arm, "k": k, "response": decode_response(tokenizer, c.tokens, model.eos_ids),
-                         "finish_reason": c.finish_reason, "n_tokens": len(c.tokens), "tokens": c.tokens})
-            writer.write(rows[-1])
-            stage.spend(tokens=len(c.tokens), flops=flops(model, [len(ids[c.index]) + len(c.tokens) - 1], len(c.tokens)))
+        with progress("; ".join(arms), len(todo), "trace") as advance:
+            for c in found:
+                arm, _, row, k = todo[c.index]
+                rows.append({**row, "arm": arm, "k": k, "response": decode_response(tokenizer, c.tokens, model.eos_ids),
+                             "finish_reason": c.finish_reason, "n_tokens": len(c.tokens), "tokens": c.tokens})
+                writer.write(rows[-1])
+                stage.spend(tokens=len(c.tokens), flops=flops(model, [len(ids[c.index]) + len(c.tokens) - 1], len(c.tokens)))
+                advance(tokens=len(c.tokens))
 
     def score(rows, key, items, drawn=AS_IT_IS):
         for row, x in zip(rows, log_probs(model, items, drawn)):
@@ -519,9 +521,11 @@ def main(args):
     opened, todo = "<think>\n" if opens_think(tokenizer) else "", [row for row in rows if "p_unsafe" not in row]
     if todo:
         guard = load_guard(judge, args.device, pick_dtype(args), load(student) if judge == "self" else None)
-        for few in tqdm(split_packs(todo, lambda row: 1, 128), "guard", disable=None):
-            for row, verdict in zip(few, guard.judge([(row["instruction"], opened + row["response"]) for row in few])):
-                row["p_unsafe"] = verdict.p_unsafe
+        with progress(f"guard {judge}", len(todo), "trace") as advance:
+            for few in split_packs(todo, lambda row: 1, 128):
+                for row, verdict in zip(few, guard.judge([(row["instruction"], opened + row["response"]) for row in few])):
+                    row["p_unsafe"] = verdict.p_unsafe
+                advance(len(few))
         stage.spend(**guard.cost)
     in_tiny_world = is_tiny(student) and is_tiny(sampled["arguments"]["prompts"] or TINY)
     for row in rows:

@@ -47,6 +47,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "tiny"
@@ -120,6 +121,29 @@ def cli(main):
         raise SystemExit(130)
 
 
+@contextlib.contextmanager
+def progress(what, total, unit, done=0, silent=False):
+    """How far a stage is, on stderr -> advance(n=1, tokens=0, note=""): n more of `total` units are done, which had so many
+    tokens; note: the stage's own figure. `done` units are of earlier runs.
+
+    On a terminal a bar with tokens/s and the time left. In a log file the same as whole lines: none in the first 30 seconds,
+    then at most one in 30 seconds and for each tenth of the whole."""
+    began = said_at = time.time()
+    now, said, made = done, done, 0
+    with tqdm(total=total, initial=done, unit=unit, desc=what, disable=silent or None) as bar:
+        def advance(n=1, tokens=0, note=""):
+            nonlocal now, said, said_at, made
+            now, made, at = now + n, made + tokens, time.time()
+            rate = f"{made / max(at - began, 1e-9):,.0f} tokens/s" if made else ""
+            bar.set_postfix_str(", ".join(filter(None, (rate, note))), refresh=False)
+            bar.update(n)
+            if bar.disable and not silent and at >= said_at + 30 and now >= said + total / 10:
+                said, said_at = now, at
+                print(tqdm.format_meter(now, total, at - began, 0, what, unit=unit, initial=done, postfix=bar.postfix),
+                      file=sys.stderr, flush=True)
+        yield advance
+
+
 class OutOfTime(BaseException):
     """Not an Exception: math-verify, sympy and jinja's callers catch those and go on."""
 
@@ -146,7 +170,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the docstring's lines, and shows each flag's default where it has one."""
 
     def _get_help_string(self, action):
-        hide = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        hide = action.default is None or action.default is False or action.default in (argparse.SUPPRESS, ())
         return action.help + ("" if hide else " (default: %(default)s)")
 
 
@@ -179,15 +203,16 @@ def device(name):
 
 
 def parser(doc):
-    """An ArgumentParser that shows the script's own docstring, with the flags that every stage has."""
+    """An ArgumentParser that shows the script's own docstring, with the flags that every stage has, in its group `machine`."""
     p = Parser(description=doc, formatter_class=HelpFormatter)
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():           # torchrun: "cuda" is this process's own
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    p.add_argument("--out", type=Path, default=Path("out"), help="folder of the run, shared by all stages")
-    p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+    p.machine = g = p.add_argument_group("folder and machine")
+    g.add_argument("--out", type=Path, default=Path("out"), help="folder of the run, shared by all stages")
+    g.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of the weights; auto is bfloat16 on a GPU and float32 on a CPU")
-    p.add_argument("--quantize", choices=("nf4", "int8"),
+    g.add_argument("--quantize", choices=("nf4", "int8"),
                    help="keep the linear layers of the models in 4 or 8 bits, by bitsandbytes: less memory, not faster")
     return p
 
@@ -448,8 +473,9 @@ def add_shard_flag(p):
     elif "SLURM_ARRAY_TASK_ID" in env and "SLURM_ARRAY_TASK_COUNT" in env:
         first, by = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
         default = f"{(int(env['SLURM_ARRAY_TASK_ID']) - first) // by + 1}/{env['SLURM_ARRAY_TASK_COUNT']}"
-    p.add_argument("--shard", type=shard, default=default, metavar="I/N", help="do the I-th of N parts of the rows, into a "
-                   "file of its own; N may change between runs. torchrun and arrays of Slurm jobs say I and N themselves")
+    p.machine.add_argument("--shard", type=shard, default=default, metavar="I/N",
+                           help="do the I-th of N parts of the rows, into a file of its own; N may change between runs. torchrun "
+                           "and arrays of Slurm jobs say I and N themselves")
 
 
 def shard_range(shard):

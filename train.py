@@ -19,13 +19,16 @@ tokens and divided by their number, however many passes it took: packing changes
 rounding, and to which dropout mask a pass draws).
 """
 import bisect
+import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import math
 import os
 import random
 import re
+import secrets
 import struct
 import sys
 import time
@@ -35,7 +38,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from data import EVAL_SETS, VERSIONS, label_counts, overlap, prompt_rows, training_rows
 from kernels.ce_kl import CPU_ROWS, GPU_BUFFER, ce_kl_loss
@@ -80,6 +82,7 @@ from thinksafe import (
     parser,
     pick_dtype,
     pinned,
+    progress,
     ranks,
     read_rows,
     read_run,
@@ -323,11 +326,12 @@ def cached_reference(path, reference, items, pack_tokens, limit, identity):
             "dtype": dtype, "shape": [sum(n), first.shape[1]], "data_offsets": [0, size]}}).encode()
         header += b" " * (-len(header) % 8)
         try:
-            with replacing(path) as beside, open(beside, "wb") as f:
+            with replacing(path) as beside, open(beside, "wb") as f, progress("reference", len(rows), "row") as advance:
                 os.posix_fallocate(f.fileno(), 0, 8 + len(header) + size)  # a disk that is too small says so at once
                 f.write(struct.pack("<Q", len(header)) + header)
-                for part in tqdm(split_packs(rows, length, pack_tokens), "reference", disable=None):
+                for part in split_packs(rows, length, pack_tokens):
                     f.write(reference(part).cpu().contiguous().view(torch.uint8).numpy())
+                    advance(len(part), sum(map(length, part)))
         except OSError as e:
             raise InputError(f"{path}: cannot be written ({e.strerror}); make room, or train without --cache-reference")
     hidden = safe_open(path, "pt").get_slice("hidden")
@@ -468,6 +472,31 @@ def restore_checkpoint(trainable, optimizer, tensors):
     optimizer.load_state_dict(saved)
 
 
+@contextlib.contextmanager
+def tracking(name, out, run_id, config):
+    """-> send(row): a row of metrics.jsonl goes to wandb or trackio too, as a run of the project thinksafe, or into
+    OUT/tensorboard; name None: nowhere."""
+    if name is None:
+        yield lambda row: None
+    elif name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        with SummaryWriter(out / name / run_id) as writer:
+            def send(row):
+                for key in row.keys() - {"step"}:
+                    writer.add_scalar(key, row[key], row["step"])
+                writer.flush()                                             # what is in the file is not sent again
+            yield send
+    else:
+        try:
+            tracker = importlib.import_module(name)
+            tracker.init(project="thinksafe", name=run_id, config=config, resume="allow",
+                         **({"id": run_id[-8:], "dir": out} if name == "wandb" else {}))
+        except Exception as e:                                             # no account, no network, ...
+            raise InputError(f"--track {name}: {e}")
+        yield lambda row: tracker.log({key: row[key] for key in row.keys() - {"step"}}, step=row["step"])
+        tracker.finish()
+
+
 def model_card(out):
     """Text of OUT/model/README.md: what OUT/run.json says of that model, and OUT/eval.json if it is of that model."""
     run, folder = read_run(out), Path(out) / "model"
@@ -528,42 +557,53 @@ stay under its licence; the rows have that of their source.
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--model", help="student (default: the model that sample.py used)")
-    p.add_argument("--data", help="rows to train on: star1, directrefusal, thinksafe-qwen3-0.6b, ...: a set of data.py; or a "
+    g = p.add_argument_group("student and rows")
+    g.add_argument("--model", help="student (default: the model that sample.py used)")
+    g.add_argument("--data", help="rows to train on: star1, directrefusal, thinksafe-qwen3-0.6b, ...: a set of data.py; or a "
                    "file, URL or hub name as for sample.py --prompts (default: OUT/guarded.jsonl)")
-    p.add_argument("--label", choices=LABELS, help="what prompts of --data are that have no label of their own")
-    p.add_argument("--limit", type=count, help="only so many rows, drawn with the seed, equally many of each prompt_label")
-    g = p.add_mutually_exclusive_group()
+    g.add_argument("--label", choices=LABELS, help="what prompts of --data are that have no label of their own")
+    g.add_argument("--limit", type=count, help="only so many rows, drawn with the seed, equally many of each prompt_label")
+    method = p.add_argument_group("method")
+    g = method.add_mutually_exclusive_group()
     g.add_argument("--strip-cot", choices=("harmful", "all"), help="train these rows to answer after an empty reasoning")
     g.add_argument("--primer", nargs="?", const=PRIMER, help="SafePath: harmful prompts get <think> and these words as their "
                    f"whole target, without an end; benign ones are left out; no responses are needed (without words: {PRIMER})")
     g.add_argument("--safekey", action="store_true", help=f"SafeKey: {SAFEKEY_WEIGHT} of two more losses in the last "
                    f"{SAFEKEY_EPOCHS} epochs: a key sentence without its prompt, harm told from hidden states; the sentence is "
                    "where summary_end_idx and next_sentence_end_idx of the row say, else the second of the reasoning")
-    p.add_argument("--kl", action="store_true", help="benign rows: forward KL to the frozen student instead of cross-entropy")
-    p.add_argument("--full", action="store_true", help="train all weights instead of LoRA (in fp32, whatever --dtype says)")
-    p.add_argument("--merge", action="store_true", help="write a merged model that transformers loads, instead of an adapter")
-    p.add_argument("--cache-reference", type=number(float, 0), default=0, metavar="GB",
+    g = method
+    g.add_argument("--kl", action="store_true", help="benign rows: forward KL to the frozen student instead of cross-entropy")
+    g.add_argument("--full", action="store_true", help="train all weights instead of LoRA (in fp32, whatever --dtype says)")
+    g.add_argument("--cache-reference", type=number(float, 0), default=0, metavar="GB",
                    help="with --kl: compute the frozen student's hidden states once, onto disk, if they fit into so many GB")
     g = p.add_argument_group("recipe (default: the paper's; for the tiny student its own)")
     bounds = {"lr": (1e-12, 100), "lora_alpha": (1e-6, 1e6), "lora_dropout": (0, 0.99)}
+    what = {"lr": "highest learning rate", "epochs": "passes over the rows", "batch_size": "rows in an optimizer step",
+            "max_length": "tokens; longer rows are left out", "lora_r": "rank", "lora_alpha": "LoRA is scaled by alpha / r",
+            "lora_dropout": "share of a layer's inputs", "lora_targets": "which linear layers"}
     for key, value in PAPER.items():
         kind = str if key == "lora_targets" else number(type(value), *bounds.get(key, (1,)))
-        what = {"batch_size": "rows per optimizer step; ", "max_length": "tokens; longer rows are left out; "}.get(key, "")
-        g.add_argument("--" + key.replace("_", "-"), type=kind, help=f"{what}paper {value}, tiny {TINY_RECIPE[key]}")
-    g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps")
+        g.add_argument("--" + key.replace("_", "-"), type=kind, help=f"{what[key]}; paper {value}, tiny {TINY_RECIPE[key]}")
+    g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps in which the learning rate rises")
     g.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="of AdamW")
     g.add_argument("--clip", type=number(float, 1e-9), default=1.0, help="largest norm of the gradient")
     g.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="torch's, or bitsandbytes' in 8 bits")
-    p.add_argument("--pack-tokens", type=count, default=16384, help="tokens in one pass: fewer need less memory, the loss stays")
-    p.add_argument("--save-every", type=count, default=50, help="optimizer steps between checkpoints")
-    p.add_argument("--dry-run", action="store_true", help="show configuration, memory plan and one example; write nothing")
-    p.add_argument("--export", choices=("trl",), help="write the rows for TRL's SFTTrainer, OUT/trl.jsonl, and stop")
+    p.machine.add_argument("--pack-tokens", type=count, default=16384,
+                           help="tokens in one pass: fewer need less memory, the loss stays")
+    g = p.add_argument_group("what is written")
+    g.add_argument("--merge", action="store_true", help="write a merged model that transformers loads, instead of an adapter")
+    g.add_argument("--save-every", type=count, default=50, help="optimizer steps between checkpoints")
+    g.add_argument("--track", choices=("wandb", "tensorboard", "trackio"), help="send the rows of metrics.jsonl there too; "
+                   "tensorboard: OUT/tensorboard")
+    g.add_argument("--dry-run", action="store_true", help="show configuration, memory plan and one example; write nothing")
+    g.add_argument("--export", choices=("trl",), help="write the rows for TRL's SFTTrainer, OUT/trl.jsonl, and stop")
     add_online_flags(p)
     add_sampling_flags(p)
     args = p.parse_args()
 
     check_flags(args)
+    if args.track and not importlib.util.find_spec(args.track):
+        raise InputError(f"--track {args.track}: it is not installed here; pip install {args.track}")
     rank, world = join_ranks(args.device)
     if args.online and world > 1:
         raise InputError("--online works in one process; start it without torchrun")
@@ -645,11 +685,14 @@ def main():
     if not args.full and recipe["lora_dropout"]:                           # the masks are drawn pass by pass
         identity |= {"pack_tokens": args.pack_tokens, "ranks": world}
     state = load_state(checkpoint) if checkpoint.exists() and not again else None
+    before = {} if again else run.get("train", {})
+    tracked = before.get("tracked") if args.track == before.get("arguments", {}).get("track") else None
+    run_id = tracked or f"{args.out.resolve().name}-{secrets.token_hex(4)}"                # of the run at the tracker
     if args.dry_run:
         show = {"student": name, "data": path, "device": args.device, "pack_tokens": args.pack_tokens, **identity}
         print(inert("\n".join(f"{key:16}{value}" for key, value in show.items())))
     elif not rank:
-        stage = Stage("train", args, identity, "metrics.jsonl", model=name, sources=VERSIONS)
+        stage = Stage("train", args, identity, "metrics.jsonl", model=name, sources=VERSIONS, tracked=args.track and run_id)
     steps = list(batches(len(items), recipe["batch_size"], recipe["epochs"], args.seed))
     if not rank:
         print(inert(f"data: {label_counts(rows)}\n{overlap(rows, [TINY / 'eval.jsonl'] if is_tiny(name) else EVAL_SETS)}"))
@@ -675,10 +718,12 @@ def main():
         return print(rendered(items[steps[0][0]], tokenizer))
 
     meta = here = {"step": 0, "identity": json.loads(json.dumps(identity))}
+    kept = []                                                              # rows of the steps that an earlier run took
     if not rank:
         if again:
             checkpoint.unlink(missing_ok=True)
         old = RowWriter(metrics).rows                                      # a last line that was cut is mended
+        sent = len(old) if tracked else 0                                  # that the tracker has
         if state:
             if state[1].get("identity") != here["identity"]:
                 raise InputError(f"{checkpoint} belongs to another run; delete it to start again")
@@ -686,8 +731,9 @@ def main():
                 raise InputError(f"{checkpoint}: damaged; delete it to start again")
             old = state[1]["metrics"]                                      # the file may have lost the end of its last line
             meta = {key: state[1][key] for key in here}
-        write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in old[:meta["step"]]))
-        log = RowWriter(metrics)
+        kept = old[:meta["step"]]
+        write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        writer = RowWriter(metrics)
     meta = from_rank_0(meta)
     start = meta["step"]
     if meta["identity"] != here["identity"] or start and not (state and meta.items() <= state[1].items()):
@@ -719,7 +765,15 @@ def main():
                    {"step": step, "identity": identity, "metrics": read_rows(metrics)})
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    with tqdm(total=len(steps), initial=start, unit="step", desc="train", disable=rank > 0 or None) as bar:
+    with progress("train", len(steps), "step", start, silent=rank > 0) as advance, \
+         tracking(None if rank else args.track, args.out, run_id, identity) as send:
+        def log(row):
+            if row["step"] > start:
+                writer.write(row)
+            if row["step"] > sent:
+                send(row)
+        for row in kept:
+            log(row)
         for step in range(start, len(steps)):
             began, batch, figures = time.time(), [items[i] for i in steps[step]], {}
             if online:
@@ -766,11 +820,13 @@ def main():
                 figures = {"reverse_kl": reverse_kl, **figures, "train_s": round(rest, 3)}
             if rank:
                 continue
-            log.write({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
-                       "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began)), **figures})
+            log({"step": step + 1, "loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": norm,
+                 "tokens": n_tokens, "tokens_per_second": round(n_tokens / (time.time() - began)), **figures})
             stage.spend(train_tokens=n_tokens, flops=flops(model, map(length, batch), n_targets, train=True))
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / (time.time() - began):,.0f} tokens/s")
+            if keyed:                                                          # the two passes of safekey_losses
+                stage.spend(flops=flops(model, [item["key"][1] - item["n_prompt"] for item in keyed], n_key, train=True)
+                            + flops(model, [item["key"][0] for item in keyed], 0, train=True))
+            advance(tokens=n_tokens, note=f"loss {loss:.3f}")
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
                 save(step + 1)
     if rank:

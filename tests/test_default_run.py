@@ -1,21 +1,23 @@
 """The README's command with nothing set: what the tiny world must show."""
 import json
+import re
 
 import pytest
-from conftest import rows_of, run
+from conftest import ROOT, rows_of, run
 
 
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
-    """`python sample.py && python guard.py && python train.py && python eval.py` -> its folder."""
-    out = tmp_path_factory.mktemp("default") / "out"
+    """`python sample.py && python guard.py && python train.py && python eval.py` -> its folder, last line and lines."""
+    out, lines = tmp_path_factory.mktemp("default") / "out", []
     for script in ("sample.py", "guard.py", "train.py", "eval.py"):
         done = run(script, "--out", out)
-    return out, done.json
+        lines += done.stdout.replace(str(out), "out").splitlines()
+    return out, done.json, lines
 
 
 def test_safer_and_not_dumber(default_run):
-    out, last = default_run
+    out, last, _ = default_run
     before, after = last["before"], last["after"]
     assert before["harm"] > 60 and 60 <= before["pass@1"] <= 90
     assert after["harm"] <= 10 and after["over_refusal"] <= 5
@@ -26,12 +28,23 @@ def test_safer_and_not_dumber(default_run):
     assert abs(report["after"]["guard_harm"]["percent"] - after["harm"]) < 5
 
 
+def test_it_prints_what_the_readme_shows(default_run):
+    """Line by line, whatever the numbers."""
+    shown, = re.findall(r"^```\n(model: tiny.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = default_run[2]
+    assert len(lines) == len(shown.splitlines())
+    for line, pattern in zip(lines, shown.splitlines()):
+        pattern = re.escape(pattern).replace(re.escape("..."), ".*")
+        pattern = re.sub(r"(\\?[\d,.]|e\\-\d)+", lambda m: r"[\d,.e-]+" if re.search(r"\d", m[0]) else m[0], pattern)
+        assert re.fullmatch(re.sub(r"(\\ )+", r" +", pattern), line), f"{line}\n{pattern}"
+
+
 def test_evaluation_acts_are_new(default_run):
     """No evaluation prompt asks for an act that a training prompt asks for."""
     from tiny.world import split_acts
     train, held_out = split_acts()
     assert not set(train) & set(held_out) and len(held_out) > 500
-    out, _ = default_run
+    out, _, _ = default_run
     trained = {r["instruction"] for r in rows_of(out / "guarded.jsonl")}
     for row in rows_of(out / "eval.jsonl"):
         assert row["instruction"] not in trained
