@@ -20,7 +20,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from thinksafe import InputError, read_run, write_atomic
+from thinksafe import InputError, as_markdown, inert, read_run, write_atomic
 
 SEEDS = r"(.+)[-_]\d+"
 COST = {"seconds": "seconds", "tokens": "sampled", "guard_tokens": "judged", "train_tokens": "trained on", "flops": "FLOPs"}
@@ -41,7 +41,7 @@ def pool(figures):
 
 def shares_of(shares, perplexity=None):
     """{column: {"value", "low", "high"}} of one side of an eval.json and its perplexity."""
-    out = {name: {"value": x["percent"], "low": x["low"], "high": x["high"]} for name, x in shares.items()
+    out = {name: {"value": float(x["percent"]), "low": float(x["low"]), "high": float(x["high"])} for name, x in shares.items()
            if x["percent"] is not None and not name.startswith("guard_harm")}
     parts = [x for name, x in out.items() if name.startswith("harm_") or name == "over_refusal"]
     if "over_refusal" in out and len(parts) > 1:
@@ -93,7 +93,7 @@ def read_runs(folders, pattern):
             if report.get("paper", {}).get(when):
                 paper[f"{words}, {student}"] = [{key: {"value": value} for key, value in report["paper"][when].items()}]
     if len(judges) > 1:
-        print(f"the runs have different judges ({', '.join(sorted(judges))}): their harm is not the same measure")
+        print(inert(f"the runs have different judges ({', '.join(sorted(judges))}): their harm is not the same measure"))
     groups = {f"{name}, before": [x for (its, _), x in students.items() if its == name] for name, _ in students}
     out = {}
     for name, runs in (groups | methods | paper).items():
@@ -136,15 +136,16 @@ def markdown(methods):
     keys = columns(methods)
     lines = [["method", "seeds", *keys.values()], ["---"] * (2 + len(keys))]
     lines += [[name, str(row["seeds"]), *(cell(key, row.get(key)) for key in keys)] for name, row in methods.items()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(map(as_markdown, line))} |\n" for line in lines)
 
 
 def comma_separated(methods):
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
     keys, parts = columns(methods), ("value", "low", "high", "sd")
-    rows.writerow(["method", "seeds", *(key if part == "value" else f"{key} {part}" for key in keys for part in parts)])
+    rows.writerow(["method", "seeds", *(inert(key) + f" {part}" * (part != "value") for key in keys for part in parts)])
     for name, row in methods.items():
+        name = "'" * name.startswith(("=", "+", "-", "@")) + inert(name)  # a spreadsheet runs what begins like a formula
         rows.writerow([name, row["seeds"], *((row.get(key) or {}).get(part, "") for key in keys for part in parts)])
     return out.getvalue()
 
@@ -320,4 +321,4 @@ def main(args):
         made.append(cost_plot(methods, args.out / "cost.png"))
     if theories:
         made.append(acceptance_plot(theories, args.out / "acceptance.png"))
-    print(markdown(methods) + f"compared {len(args.compare)} runs\n  -> {args.out}: {', '.join(made)}")
+    print(inert(markdown(methods) + f"compared {len(args.compare)} runs\n  -> {args.out}: {', '.join(made)}"))

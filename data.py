@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from thinksafe import LABELS, InputError, check_row, content_id, parse_row, read_rows, read_shards, replacing, shard_files
+from thinksafe import LABELS, InputError, check_row, content_id, inert, parse_row, read_rows, read_shards, replacing, shard_files
 
 
 class EvalSet(NamedTuple):
@@ -322,7 +322,7 @@ def prompt_rows(source, label=None):
         if any(first[k] != row[k] for k in ("prompt_label", "instruction")):
             raise InputError(f"{where}: id {row['id']!r} is used by another prompt before it; ids must be unique")
     if len(rows) < len(data):
-        print(f"{source}: {len(data) - len(rows)} repeated prompts dropped", file=sys.stderr)
+        print(inert(f"{source}: {len(data) - len(rows)} repeated prompts dropped"), file=sys.stderr)
     return list(rows.values())
 
 
@@ -341,7 +341,7 @@ def training_rows(source, label=None):
         row["id"] = str(row.get("id", content_id(row["prompt_label"], row["instruction"], row["response"])))
         rows.setdefault((row["id"], row["k"]) if "k" in row else (row["instruction"], row["response"]), row)
     if len(rows) < len(data):
-        print(f"{source}: {len(data) - len(rows)} repeated rows dropped", file=sys.stderr)
+        print(inert(f"{source}: {len(data) - len(rows)} repeated rows dropped"), file=sys.stderr)
     return list(rows.values())
 
 
@@ -404,7 +404,7 @@ def evaluation_rows(names, full=False):
             rows[row_id] = {"id": row_id, "instruction": facts.prompt.replace("{problem}", problem), "prompt_label": facts.label,
                             "set": facts.set, **({"task": name, "answer": answer} if facts.set == "reasoning" else {})}
         if full and len(rows) != facts.full:
-            print(f"{name}: {len(rows):,} rows in {source}; the paper uses {facts.full:,}", file=sys.stderr)
+            print(inert(f"{name}: {len(rows):,} rows in {source}; the paper uses {facts.full:,}"), file=sys.stderr)
         chosen = set(rows if full else sorted(rows, key=content_id)[:facts.short])
         done[name] = [row for row_id, row in rows.items() if row_id in chosen]
     return [row for rows in done.values() for row in rows]

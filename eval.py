@@ -552,7 +552,7 @@ def main():
     if paper:
         print("paper: arXiv 2601.23143v4, after ThinkSafe; all rows, harm judged by Llama-Guard-3-8B, refusals by WildGuard")
     if judge == guard:
-        print(f"judged by {judge}, the guard that filtered the training data: give another --judge for a second opinion")
+        print(inert(f"judged by {judge}, the guard that filtered the training data: give another --judge for a second opinion"))
     if items:
         print("perplexity of the training set: " + ", ".join(f"{theory.interval(perplexity[when], 'perplexity', 3)} {when}"
                                                              for when in ("before", "after")))

@@ -26,6 +26,7 @@ from thinksafe import (
     check_trace,
     cli,
     content_id,
+    inert,
     number,
     read_run,
     read_shards,
@@ -202,7 +203,7 @@ def main():
     p.add_argument("--max-mb", type=number(float, 0.01), default=4.8, help="room for the traces in the page, in MB. What is too "
                    "much is left out, and the page says so; evaluation prompts whose verdict changed are the last to go")
     args = p.parse_args()
-    print(write_report(args.out, args.compare, args.max_mb) + f"\n  -> {args.out}/report.html")
+    print(inert(write_report(args.out, args.compare, args.max_mb) + f"\n  -> {args.out}/report.html"))
 
 
 if __name__ == "__main__":

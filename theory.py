@@ -43,6 +43,7 @@ from thinksafe import (
     find_model,
     flops,
     free_memory,
+    inert,
     is_harmful,
     is_tiny,
     load_decoder,
@@ -120,7 +121,7 @@ def training_items(out, model, tokenizer, most=512):
     try:
         rows = (prompt_rows if args.get("primer") else training_rows)(source, args.get("label"))
     except Unavailable as e:
-        print(f"no perplexity of the training set: {e}", file=sys.stderr)
+        print(inert(f"no perplexity of the training set: {e}"), file=sys.stderr)
         return []
     how = {key: args[key] for key in ("strip_cot", "primer") if args.get(key)}
     items, _ = encode_rows(rows, tokenizer, train["identity"].get("max_length", model.config.max_position_embeddings), **how)
@@ -539,8 +540,9 @@ def main(args):
               "epochs": perplexity_by_epoch(args.out) if trained else [],
               "guard": of_the_guard(rows, sources, threshold) if in_tiny_world else None}
     write_atomic(args.out / "theory.json", json.dumps(report, indent=1))
-    print(table(report))
+    print(inert(table(report)))
     if trained:
-        print("a second round, from the trained student:\n  " + "\n  ".join(second_round(args.out, run, str(trained), student)))
+        again = second_round(args.out, run, str(trained), student)
+        print(inert("a second round, from the trained student:\n  " + "\n  ".join(again)))
     stage.finish(f"measured the theory on {len(prompts)} prompts", args.out / "theory.json",
                  f"python eval.py --compare {args.out} --out FOLDER", rows=len(rows))

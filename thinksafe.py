@@ -98,6 +98,11 @@ def inert(text):
                    else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def as_markdown(text):
+    """Text that Markdown shows as it is, on one line: it makes no cell, link, code or HTML."""
+    return re.sub(r"[\\`*<>|&#~]|(?<=\])[(\[]", r"\\\g<0>", " ".join(inert(text).split()))
+
+
 def cli(main):
     """Run a script's `main()`. What the user can mend -> one line and exit 2; Ctrl-C -> 130; SIGTERM -> 143."""
     def on_sigterm(*_):
@@ -293,7 +298,7 @@ class RowWriter:
                 whole = self.path.read_bytes()
                 keep = whole.rfind(b"\n") + 1
                 if keep < len(whole):
-                    print(f"warning: {path}: the last line is incomplete, it is made again", file=sys.stderr)
+                    print(inert(f"warning: {path}: the last line is incomplete, it is made again"), file=sys.stderr)
                     with open(self.path, "r+b") as f:
                         f.truncate(keep)
                 self.rows = read_rows(self.path)
@@ -388,16 +393,30 @@ def share(problems):
 # Run records: out/run.json
 
 
+RECORDED = {"arguments": dict, "identity": dict, "cost": dict, "labels": dict, "left_out": dict, "model": str, "guard": str,
+            "guards": list, "seconds": int | float, "finished": bool, "rows": int, "steps": int}     # of an entry
+IDENTIFIED = {"seed": int, "n": int, "steer": str}                                                   # of its identity
+
+
+class Record(dict):
+    """An object of run.json, which has been in other hands since it was written."""
+
+    def __missing__(self, key):
+        raise InputError(f"run.json: no {key!r} in the record of an earlier stage; run that stage again, or use another --out")
+
+
 def read_run(out):
-    """The run record as {stage: entry}; {} when there is none yet."""
+    """The run record as {stage: entry}; {} when there is none yet. InputError where it, or a value in it, is of another kind."""
     path = Path(out) / "run.json"
     if not path.exists():
         return {}
     try:
-        run = json.loads(path.read_text("utf-8"))
-        if not all(isinstance(entry["identity"], dict) and isinstance(entry["seconds"], int | float)
-                   and isinstance(entry["finished"], bool) for entry in run.values()):
-            raise ValueError
+        run = json.loads(path.read_text("utf-8"), object_hook=Record)
+        for entry in run.values():
+            known = [(of[key], kind) for of, kinds in ((entry, RECORDED), (entry["identity"], IDENTIFIED))
+                     for key, kind in kinds.items() if key in of]
+            if not all(isinstance(value, kind) for value, kind in known) or not {"seconds", "finished"} <= entry.keys():
+                raise ValueError
         return run
     except (ValueError, OSError, AttributeError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path}: not a readable run record; move it away or use another --out")
@@ -413,6 +432,8 @@ def replacing(path):
     """Give a name beside to write to, then rename it to path: a reader sees the old file or the new one, never a part."""
     beside = Path(f"{path}.tmp")
     try:
+        if beside.is_symlink():                                           # it would write to wherever that leads
+            beside.unlink()
         yield beside
         with open(beside, "rb") as f:
             os.fsync(f.fileno())
@@ -488,7 +509,7 @@ class Stage:
         self.path = self.own(output)                              # where this process writes
         self.paths = self.out / (output if self.shard[1] == 1 else output.replace(".", "-*of*."))      # and all shards
         if self.shard[1] > 1:
-            print(f"shard {self.shard[0]} of {self.shard[1]} -> {self.path}")
+            print(inert(f"shard {self.shard[0]} of {self.shard[1]} -> {self.path}"))
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         self.release = weakref.finalize(self, os.close, self.lock)      # ends all its locks
@@ -566,8 +587,8 @@ class Stage:
             self.save()
             fcntl.lockf(self.lock, fcntl.LOCK_UN, HASHES)
         i, of = self.shard
-        print(f"shard {i} of {of} is done; {n:,} of {total:,} rows are there\n  -> {self.path}\n"
-              "next: the other shards; the last one to be done ends the stage")
+        print(inert(f"shard {i} of {of} is done; {n:,} of {total:,} rows are there\n  -> {self.path}\n"
+                    "next: the other shards; the last one to be done ends the stage"))
         print(json.dumps({"stage": self.name, "seconds": self.entry["seconds"], "shard": f"{i}/{of}", "rows": n}), flush=True)
 
     def spend(self, **cost):
@@ -1317,9 +1338,13 @@ def new_folder(folder):
     if old.exists() and not folder.exists():                              # a crash between the two renames below
         os.replace(old, folder)
     for path in (beside, old):
+        if path.is_symlink():
+            path.unlink()
         shutil.rmtree(path, ignore_errors=True)
     beside.mkdir(parents=True)
     yield beside
+    if folder.is_symlink():                                               # what it leads to stays
+        folder.unlink()
     if folder.exists():
         os.replace(folder, old)
     os.replace(beside, folder)

@@ -52,6 +52,7 @@ from thinksafe import (
     Stage,
     add_lora,
     all_reduce_,
+    as_markdown,
     cli,
     content_id,
     count,
@@ -212,8 +213,8 @@ def export_trl(path, items, tokenizer):
         else:
             left_out += 1
     write_atomic(path, "".join(lines))
-    print(f"wrote {len(lines)} rows, the longest of {max(map(length, items))} tokens (SFTConfig.max_length); "
-          f"left out {left_out} that TRL would tokenize otherwise\n  -> {path}")
+    print(inert(f"wrote {len(lines)} rows, the longest of {max(map(length, items))} tokens (SFTConfig.max_length); "
+                f"left out {left_out} that TRL would tokenize otherwise\n  -> {path}"))
 
 
 def batches(n, batch_size, epochs, seed):
@@ -440,6 +441,18 @@ def checkpoint_tensors(trainable, optimizer):
     return {name: v.to("cpu", copy=True).contiguous() for name, v in tensors.items()}     # bitsandbytes shares some of them
 
 
+def is_whole(tensors, meta, trainable, steps):
+    """Whether a checkpoint has what `restore_checkpoint` and the loop take from it: all weights, their optimizer's state, and the
+    metrics of each step so far."""
+    shapes = {f"param.{name}": p.shape for name, p in trainable.items()}
+    numbers = {name.split(".")[1] for name in tensors if name.startswith("optim.")}
+    step, metrics = meta.get("step"), meta.get("metrics")
+    return (type(step) is int and 0 < step <= steps and numbers == set(map(str, range(len(trainable))))
+            and {name: t.shape for name, t in tensors.items() if name.startswith("param.")} == shapes
+            and isinstance(metrics, list) and len(metrics) >= step
+            and all(isinstance(row, dict) and {"tokens", "loss"} <= row.keys() for row in metrics))
+
+
 def restore_checkpoint(trainable, optimizer, tensors):
     """Undo `checkpoint_tensors`."""
     saved = optimizer.state_dict()
@@ -490,11 +503,11 @@ def model_card(out):
     train, recipe = run["train"], run["train"]["identity"]
     adapter, on_hub = (folder / "adapter_config.json").exists(), not Path(train["model"]).is_absolute()
 
-    def name(model):                                                       # not where it lies on somebody's disk
-        return Path(model).name if Path(model).is_absolute() else model
+    def name(model):                                                       # not where it lies on somebody's disk, and inert
+        return re.sub(r"[^\w.,:/@+= -]", "?", Path(model).name if Path(model).is_absolute() else model)
 
     def table(*rows):
-        return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+        return "\n".join(f"| {' | '.join(map(as_markdown, row))} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
     base, source = name(train["model"]), f"`{name(train['arguments']['data'] or '')}`"
     method, what = "ThinkSafe", "pairs of a prompt and a safe trace (arXiv 2601.23143)"
     if recipe.get("online"):
@@ -503,12 +516,12 @@ def model_card(out):
     elif train["arguments"]["data"] is None:
         source = (f"traces of `{name(run['sample']['model'])}` (refusal instruction: {run['sample']['identity']['steer']}), "
                   f"kept by {', '.join(f'`{name(guard)}`' for guard in run['guard']['guards'])}")
-    left_out = ", ".join(f"{n} {why}" for why, n in train["left_out"].items()) or "none"
+    left_out = ", ".join(as_markdown(f"{n} {why}") for why, n in train["left_out"].items()) or "none"
     results = "None here yet."
     if (Path(out) / "eval.json").exists() and model_hash(folder) in json.dumps(run.get("eval", {}).get("identity")):
         report = json.loads((Path(out) / "eval.json").read_text("utf-8"))
         cell = "{percent} [{low}, {high}]".format_map
-        results = f"Percent with 95% interval; harm and refusal judged by {report['judge']}.\n\n" + table(
+        results = f"Percent with 95% interval; harm and refusal judged by {as_markdown(report['judge'])}.\n\n" + table(
             ("figure", "before", "after", "n"),
             *((key, cell(report["before"][key]), cell(after), after["n"]) for key, after in report["after"].items()))
     return f"""---
@@ -677,12 +690,12 @@ def main():
     run_id = tracked or f"{args.out.resolve().name}-{secrets.token_hex(4)}"                # of the run at the tracker
     if args.dry_run:
         show = {"student": name, "data": path, "device": args.device, "pack_tokens": args.pack_tokens, **identity}
-        print("\n".join(f"{key:16}{value}" for key, value in show.items()))
+        print(inert("\n".join(f"{key:16}{value}" for key, value in show.items())))
     elif not rank:
         stage = Stage("train", args, identity, "metrics.jsonl", model=name, sources=VERSIONS, tracked=args.track and run_id)
     steps = list(batches(len(items), recipe["batch_size"], recipe["epochs"], args.seed))
     if not rank:
-        print(f"data: {label_counts(rows)}\n{overlap(rows, [TINY / 'eval.jsonl'] if is_tiny(name) else EVAL_SETS)}")
+        print(inert(f"data: {label_counts(rows)}\n{overlap(rows, [TINY / 'eval.jsonl'] if is_tiny(name) else EVAL_SETS)}"))
     n_harmful = sum(not item["benign"] for item in items)
     print(f"train: {len(items)} rows ({n_harmful} harmful, {len(items) - n_harmful} benign), {len(steps)} steps, "
           f"{sum(q.numel() for q in trainable.values()):,} weights"
@@ -712,10 +725,12 @@ def main():
         old = RowWriter(metrics).rows                                      # a last line that was cut is mended
         sent = len(old) if tracked else 0                                  # that the tracker has
         if state:
-            old = state[1].get("metrics", old)                             # the file may have lost the end of its last line
-            meta = {key: state[1][key] for key in here}
-            if meta["identity"] != here["identity"]:
+            if state[1].get("identity") != here["identity"]:
                 raise InputError(f"{checkpoint} belongs to another run; delete it to start again")
+            if not is_whole(*state, trainable, len(steps)):
+                raise InputError(f"{checkpoint}: damaged; delete it to start again")
+            old = state[1]["metrics"]                                      # the file may have lost the end of its last line
+            meta = {key: state[1][key] for key in here}
         kept = old[:meta["step"]]
         write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in kept))
         writer = RowWriter(metrics)
@@ -823,7 +838,7 @@ def main():
         print(f"memory: {need / 1e9:.2f} GB planned, {torch.cuda.max_memory_allocated(model.device) / 1e9:.2f} GB seen")
     if not args.full and args.merge:
         if args.quantize:
-            print(f"merging into {name} as it was before it was quantised")
+            print(inert(f"merging into {name} as it was before it was quantised"))
             adapter, lora = lora_tensors(model), model.lora
             model, _ = load_decoder(name, "cpu", own_dtype(model.config))
             add_lora(model, *lora.values())

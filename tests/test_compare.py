@@ -155,9 +155,11 @@ def test_bad_input(tmp_path):
                                       ([tmp_path / "a-0"], "a-0", "no group")):
         with pytest.raises(InputError, match=message):
             read_runs(folders, pattern)
-    (tmp_path / "a-0" / "eval.json").write_text('{"judge": 1}')
-    with pytest.raises(InputError, match="not what eval.py writes"):
-        read_runs([tmp_path / "a-0"], SEEDS)
+    text = (tmp_path / "a-0" / "eval.json").read_text()
+    for changed in ('{"judge": 1}', text.replace('"percent": 10.0', '"percent": "high"')):
+        (tmp_path / "a-0" / "eval.json").write_text(changed)
+        with pytest.raises(InputError, match="not what eval.py writes"):
+            read_runs([tmp_path / "a-0"], SEEDS)
 
 
 def test_command(small, tmp_path):

@@ -132,19 +132,22 @@ def test_histogram_keeps_every_trace():
     assert sum(found["groups"]["a"]["counts"]) == 6 and found["groups"]["a"]["counts"][-1] == 3 and found["groups"]["b"]["median"] == 50
 
 
-def test_script_json_holds_no_markup():
+@pytest.mark.trust
+def test_script_json_holds_no_markup(tries):
     hypothesis = pytest.importorskip("hypothesis")
     from hypothesis import strategies as st
 
     @hypothesis.given(st.recursive(st.text() | st.sampled_from(HOSTILE), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
     @hypothesis.settings(deadline=None, max_examples=40)
     def check(value):
-        text = script_json(value)
-        assert text.isascii() and not set(text) & set("<>&\u2028\u2029") and json.loads(text) == value
+        with tries("attack"):
+            text = script_json(value)
+            assert text.isascii() and not set(text) & set("<>&\u2028\u2029") and json.loads(text) == value
     check()
 
 
-def test_page_parses_as_written(tmp_path):
+@pytest.mark.trust
+def test_page_parses_as_written(tries, tmp_path):
     """Three scripts and no more, whatever the rows say; all rows arrive; the policy names the page's own script and style."""
     out = whole_run(tmp_path / "out", texts=HOSTILE)
     write_report(out)
@@ -152,8 +155,9 @@ def test_page_parses_as_written(tmp_path):
     assert len(page.scripts) == 3 and len(page.styles) == 1
     assert page.facts["run"]["eval"]["note"] == HOSTILE[1] + HOSTILE[6] and page.facts["rows"] == page.facts["shown"] == len(page.rows) == 200 + 80 + 2 * len(HOSTILE)
     for i, text in enumerate(HOSTILE):
-        row = next(row for row in page.rows if row["id"] == f"train-{i}")
-        assert row["instruction"] == row["traces"][0]["response"] == text and row["traces"][0]["guard"] == "tiny"
+        with tries("attack"):
+            row = next(row for row in page.rows if row["id"] == f"train-{i}")
+            assert row["instruction"] == row["traces"][0]["response"] == text and row["traces"][0]["guard"] == "tiny"
     pair = next(row for row in page.rows if row["stage"] == "eval")["traces"]
     assert [t["when"] for t in pair] == ["before", "after"]
     for content in (page.scripts[2], page.styles[0]):
@@ -161,6 +165,7 @@ def test_page_parses_as_written(tmp_path):
     assert "unsafe-inline" not in page.policy and page.policy.startswith("default-src 'none';")
 
 
+@pytest.mark.trust
 def test_nothing_is_loaded():
     text = (ROOT / "report.html").read_text()
     assert re.findall(r"https?://[^\"\s]*", text) == ["http://www.w3.org/2000/svg"]
@@ -358,17 +363,19 @@ def test_keyboard(visit, big):
     assert not page.locator("#help").is_visible()
 
 
-def test_hostile_rows_are_inert_and_visible(visit, big):
+@pytest.mark.trust
+def test_hostile_rows_are_inert_and_visible(tries, visit, big):
     page = visit(big)
     for i, text in enumerate(HOSTILE):
         for found, cards in ((f"train-{i}", 1), (f"eval-{i}", 2)):
-            page.fill("#text", found)
-            page.locator("#trace .about", has_text=f"id {found}").first.wait_for()
-            assert page.locator("#trace article").count() == cards
-            seen = page.locator("#trace .prompt").text_content()
-            assert seen.startswith(text[:3]) and not re.search("[\0\x1b\x85\u202a-\u202e\u2028\u2066-\u2069\u200b\U000e0041]", seen)
-            if i in (0, 1, 2, 3, 6):
-                assert seen == text
+            with tries("attack"):
+                page.fill("#text", found)
+                page.locator("#trace .about", has_text=f"id {found}").first.wait_for()
+                assert page.locator("#trace article").count() == cards
+                seen = page.locator("#trace .prompt").text_content()
+                assert seen.startswith(text[:3]) and not re.search("[\0\x1b\x85\u202a-\u202e\u2028\u2066-\u2069\u200b\U000e0041]", seen)
+                if i in (0, 1, 2, 3, 6):
+                    assert seen == text
     page.fill("#text", "train-4")
     assert {"U+0000", "U+001B", "U+0007", "U+0008 ×70000"} <= set(page.locator("#trace .prompt .ctl").all_inner_texts())
     page.fill("#text", "eval-5")
