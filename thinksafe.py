@@ -761,6 +761,18 @@ def opens_think(tokenizer):
     return chat_frame(tokenizer)[0][-1].rstrip().endswith("<think>")
 
 
+def opening(tokenizer):
+    """What the template wrote of a trace: guards and graders read it whole."""
+    return "<think>\n" if opens_think(tokenizer) else ""
+
+
+def own_think(response, tokenizer):
+    """A response of any model as this template wants it: <think> once, written by the template or by the response."""
+    if opens_think(tokenizer):
+        return response.removeprefix("<think>").removeprefix("\n")
+    return "<think>\n" + response if "</think>" in response and "<think>" not in response else response
+
+
 def has_think_tokens(tokenizer):
     """Whether </think> is one token of the vocabulary, as it is in reasoning models."""
     return "</think>" in control_tokens(tokenizer)
@@ -1461,8 +1473,8 @@ class LoRALinear(nn.Module):
         n_in, n_out = base.in_features, base.out_features
         self.small = base.weight.dtype == torch.float32 and n_in * n_out < 4 * r * (n_in + n_out)
         where = dict(dtype=torch.float32, device=base.weight.device)
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **where))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **where))
+        self.lora_A = nn.Parameter(torch.empty(r, n_in, **where))
+        self.lora_B = nn.Parameter(torch.zeros(n_out, r, **where))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
@@ -1564,3 +1576,8 @@ def flops(model, lengths, logits, train=False):
     other = 2 * adapters * sum(lengths) + c.num_hidden_layers * c.num_attention_heads * c.head_dim * sum(
         2 * n * (n + 1) for n in lengths)
     return base * ((3 if model.head.requires_grad else 2) if train else 1) + other * (3 if train else 1)
+
+
+def sampling_cost(model, prompt, tokens):
+    """What it took to sample tokens behind a prompt (lists of ids), as for `Stage.spend`."""
+    return {"tokens": len(tokens), "flops": flops(model, [len(prompt) + len(tokens) - 1], len(tokens))} if tokens else {}
