@@ -244,7 +244,7 @@ class Guard:
                     for p, known in zip(torch.sigmoid(unsafe - safe).tolist(), known.tolist())]
         return zip(said[:, :-1].tolist(), verdicts)
 
-    def unsafe(self, pairs, threshold=0.5):
+    def says_unsafe(self, pairs, threshold=0.5):
         """[(prompt, response), ...] -> [whether the response is unsafe, None where it is not known, ...]."""
         return [{"safe": False, "unsafe": True}.get(v.label) for v in self.judge(pairs, threshold)]
 
@@ -267,7 +267,7 @@ class Guard:
                     for (_, response), text in zip(pairs, self.write(pairs))]
         asked = Guard(self.model, self.tokenizer, REFUSAL, self.name)
         asked.cost = self.cost
-        return asked.unsafe(pairs)
+        return asked.says_unsafe(pairs)
 
 
 def guard_format(name, student=None):

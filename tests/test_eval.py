@@ -271,7 +271,7 @@ class Stub:
     def __init__(self, name, label, log):
         self.name, self.label, self.log, self.cost = name, label, log, Counter(guard_tokens=7)
 
-    def unsafe(self, pairs, threshold=0.5):
+    def says_unsafe(self, pairs, threshold=0.5):
         self.log.append((self.name, "unsafe", len(pairs), threshold))
         return [{"unsafe": True}.get(self.label)] * len(pairs)
 
