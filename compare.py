@@ -20,7 +20,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from thinksafe import InputError, as_markdown, inert, read_run, write_atomic
+from thinksafe import InputError, as_markdown, inert, read_run, split_revision, write_atomic
 
 SEEDS = r"(.+)[-_]\d+"
 COST = {"seconds": "seconds", "tokens": "sampled", "guard_tokens": "judged", "train_tokens": "trained on", "flops": "FLOPs"}
@@ -53,10 +53,10 @@ def cost_of(run):
     """{column: {"value"}} of what a run's data and training took (Stage.spend), the data in the folder that they came from."""
     train = run.get("train", {})
     data = train.get("arguments", {}).get("data")
-    home = read_run(Path(data).parent) if data else run
-    stages = [stage for stage in (home.get("sample"), home.get("guard"), train) if stage and "cost" in stage]
-    if not train or train not in stages:
+    if not train.get("finished"):
         return {}
+    home = run if not data else {} if not Path(data).exists() else read_run(data if Path(data).is_dir() else Path(data).parent)
+    stages = [stage for stage in (home.get("sample"), home.get("guard"), train) if stage and "cost" in stage]
     out = {"rows": train["rows"], **{key: sum(stage["cost"].get(key, 0) for stage in stages) for key in COST},
            "seconds": sum(stage["seconds"] for stage in stages)}
     return {name: {"value": value} for name, value in out.items()}
@@ -78,7 +78,7 @@ def read_runs(folders, pattern):
             report = json.loads((folder / "eval.json").read_text("utf-8"))
             after, before = (shares_of(report[when], report.get("perplexity", {}).get("before") if when == "after" else None)
                              for when in ("after", "before"))
-            student = Path(run["eval"]["arguments"].get("before") or run["train"]["model"]).name
+            student = Path(split_revision(run["eval"]["arguments"].get("before") or run["train"]["model"])[0]).name
             students[student, run["eval"]["identity"]["seed"]] = before
             if (folder / "theory.json").exists():
                 theories[folder.name] = json.loads((folder / "theory.json").read_text("utf-8"))

@@ -432,8 +432,8 @@ def overlap(rows, names=tuple(EVAL_SETS)):
             joined = "\n".join(f" {text} " for text in texts)
             eights = {" ".join(w[i:i + 8]) for w in map(str.split, texts) for i in range(len(w) - 7)}
             counts = [str(sum(p in texts or " ".join(p.split(" ", 8)[:8]) in eights and f" {p} " in joined for p in prompts))]
-        except Unavailable as e:
-            without.setdefault(e.why, []).append(name)
+        except InputError as e:                                       # a benchmark is no reason to stop
+            without.setdefault(getattr(e, "why", "not readable"), []).append(name)
         by_source = sum(name in source for source in sources)
         counts += [f"({by_source} by source)"] * bool(by_source)
         found += [" ".join([Path(name).name, *counts])] * bool(counts)

@@ -40,12 +40,14 @@ from thinksafe import (
     fault_of,
     find_model,
     flops,
+    free_memory,
     is_tiny,
     load_decoder,
     load_tokenizer,
     model_hash,
     model_name,
     number,
+    opening,
     opens_think,
     owns,
     pack_ids,
@@ -55,6 +57,7 @@ from thinksafe import (
     read_run,
     read_shards,
     row_key,
+    sampling_cost,
     split_packs,
     split_revision,
     template_hash,
@@ -241,11 +244,16 @@ class Guard:
                     for p, known in zip(torch.sigmoid(unsafe - safe).tolist(), known.tolist())]
         return zip(said[:, :-1].tolist(), verdicts)
 
+    def says_unsafe(self, pairs, threshold=0.5):
+        """[(prompt, response), ...] -> [whether the response is unsafe, None where it is not known, ...]."""
+        return [{"safe": False, "unsafe": True}.get(v.label) for v in self.judge(pairs, threshold)]
+
     def write(self, pairs, max_new_tokens=64):
         """[(prompt, response), ...] -> [the guard's answer as text, ...], greedily; "" beyond its context."""
         texts = [""] * len(pairs)
         ids = [self.encode(*pair) for pair in pairs]
         for c in Sampler(self.model, self.tokenizer).generate(ids, max_new_tokens, temperature=0):
+            self.cost.update(sampling_cost(self.model, ids[c.index], c.tokens))
             if c.tokens:
                 texts[c.index] = self.form.leads[0] + decode_response(self.tokenizer, c.tokens, self.model.eos_ids)
         return texts
@@ -255,9 +263,11 @@ class Guard:
 
         By what the guard writes, if it tells refusals; else its model is asked, yes or no."""
         if self.form.refusal:
-            return [parse(self.form, text)[1] for text in self.write(pairs)]
-        asked = Guard(self.model, self.tokenizer, REFUSAL, self.name).judge(pairs)
-        return [None if v.label == "unknown" else v.label == "unsafe" for v in asked]
+            return [None if imitates(self.form, response) else parse(self.form, text)[1]
+                    for (_, response), text in zip(pairs, self.write(pairs))]
+        asked = Guard(self.model, self.tokenizer, REFUSAL, self.name)
+        asked.cost = self.cost
+        return asked.says_unsafe(pairs)
 
 
 def guard_format(name, student=None):
@@ -364,7 +374,7 @@ def main():
 
     rows = [row for row in rows if owns(args.shard, row["id"])]
     prompts = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["id"])]
-    opened = "<think>\n" if opens_think(tokenizer) else ""     # a guard reads the whole trace, also what the template wrote of it
+    opened = opening(tokenizer)
     for name, (form, folder) in guards.items():
         done, last = (judged, True) if name == names[-1] else (verdicts[name], False)
         n_done = sum(row_key(row) in done for row in rows)
@@ -399,7 +409,7 @@ def main():
                         row["keep"] = agreed and j == 0 if args.keep == "unanimous" else row["response_label"] == "safe"
                 writer.write(*(judged[row_key(row)] for row in new))
         del guard                                              # its memory is the next one's
-        torch.cuda.empty_cache()
+        free_memory()
 
     done = stage.all_rows("guarded.jsonl", total)
     if done is None:

@@ -37,7 +37,7 @@ from thinksafe import (
     is_tiny,
     load_decoder,
     lora_off,
-    opens_think,
+    opening,
     split_packs,
 )
 
@@ -135,12 +135,13 @@ def token_logprobs(states, items, head, temperature, pack_tokens):
 
 
 def judge(items, guard, opened):
-    """-> rewards (N,), {figure: value}. Reward: the guard's probability of safe, 0 without a verdict, + 1 if well-formed."""
-    pairs = [(item["instruction"], ("<think>\n" if opened else "") + item["response"]) for item in items]
+    """-> rewards (N,), {figure: value}. Reward: the guard's probability of safe, 0 without a verdict, + 1 if well-formed.
+
+    opened: what the template has written of the responses."""
+    pairs = [(item["instruction"], opened + item["response"]) for item in items]
     p_safe = torch.tensor([0.0 if v.p_unsafe is None else 1 - v.p_unsafe for v in guard.judge(pairs)])
-    form = torch.tensor([float(well_formed(item["response"], opened)) for item in items])
-    return p_safe + form, {"reward": (p_safe + form).mean().item(), "p_safe": p_safe.mean().item(), "format": form.mean().item(),
-                           "guard_tokens": sum(len(guard.encode(*pair)) for pair in pairs)}
+    form = torch.tensor([float(well_formed(item["response"], bool(opened))) for item in items])
+    return p_safe + form, {"reward": (p_safe + form).mean().item(), "p_safe": p_safe.mean().item(), "format": form.mean().item()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -241,8 +242,8 @@ class Online:
         if self.guard:
             began = time.time()
             with lora_off(self.model) if self.guard.model is self.model else contextlib.nullcontext():
-                rewards, more = judge(items, self.guard, opens_think(self.tokenizer))
-            figures |= {**more, "guard_s": round(time.time() - began, 3)}
+                rewards, more = judge(items, self.guard, opening(self.tokenizer))
+            figures |= {**more, "guard_tokens": self.guard.cost["guard_tokens"], "guard_s": round(time.time() - began, 3)}
             log_p, log_ref = (token_logprobs(states, items, self.model.head, self.temperature, self.pack_tokens)
                               for states in (student, reference))
             weights, kls = grpo_weights(advantages(rewards, self.n), log_p, log_ref)

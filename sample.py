@@ -41,7 +41,6 @@ from thinksafe import (
     count,
     decode_response,
     encode_prompt,
-    flops,
     generation_defaults,
     is_harmful,
     is_tiny,
@@ -57,6 +56,7 @@ from thinksafe import (
     read_run,
     read_shards,
     row_key,
+    sampling_cost,
     seed_value,
     split_packs,
     steered,
@@ -165,13 +165,13 @@ class Sampler:
         heads, layers = c.num_key_value_heads, c.num_hidden_layers
         if self.page:
             stored, quantised = (torch.int8, True) if self.kv_bits == 8 else (dtype, False)
-            count = slots * self._pages_needed(longest) + 1                        # page 0 is for slots without a sequence
+            n_pages = slots * self._pages_needed(longest) + 1                      # page 0 is for slots without a sequence
             if self.cuda:
                 page_bytes = 2 * layers * self.page * heads * (c.head_dim * stored.itemsize + 4 * quantised)
-                count = min(count, self._free_memory(prompts) // page_bytes)
-                if count < 2:
+                n_pages = min(n_pages, self._free_memory(prompts) // page_bytes)
+                if n_pages < 2:
                     raise torch.OutOfMemoryError
-            shape = layers, min(count, self.most_pages or count), self.page, heads, c.head_dim
+            shape = layers, min(n_pages, self.most_pages or n_pages), self.page, heads, c.head_dim
             self.k, self.v = (torch.zeros(shape, dtype=stored, device=device) for _ in range(2))
             if quantised:
                 self.k_scale, self.v_scale = (torch.zeros(shape[:-1], device=device) for _ in range(2))
@@ -480,6 +480,8 @@ class Sampler:
             except torch.OutOfMemoryError:
                 out_of_memory = True                                        # outside of the handler its tensors are gone
             if out_of_memory:
+                if self.busy:                                               # those that have ended before it
+                    yield from self._finished(keys)
                 waiting += reversed(new)
                 while self.busy:
                     self._put_back(self.busy - 1, waiting, kept)
@@ -560,6 +562,8 @@ def main():
     add_shard_flag(p)
     args = p.parse_args()
     args.seed = args.seed or 0
+    if args.kv_bits == 8 and torch.device(args.device).type != "cuda":
+        raise InputError("--kv-bits 8 is for a GPU; on a CPU the cache is in the model's dtype")
 
     prompts = prompt_rows(args.prompts or TINY / "prompts.jsonl", args.label)[:args.limit]
     name = model_name(args.model)
@@ -592,7 +596,7 @@ def main():
             row, k = todo[c.index]
             writer.write({**row, "response": decode_response(tokenizer, c.tokens, model.eos_ids), "k": k, "seed": args.seed,
                           "steer": steer[row["prompt_label"]], "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})
-            stage.spend(tokens=len(c.tokens), flops=flops(model, [len(ids[c.index]) + len(c.tokens) - 1], len(c.tokens)))
+            stage.spend(**sampling_cost(model, ids[c.index], c.tokens))
             advance(tokens=len(c.tokens))
     rows = stage.all_rows("samples.jsonl", len(done) + len(missing))
     if rows is None:

@@ -41,7 +41,6 @@ from thinksafe import (
     encode_response,
     fault_of,
     find_model,
-    flops,
     free_memory,
     inert,
     is_harmful,
@@ -50,12 +49,16 @@ from thinksafe import (
     merge_lora,
     model_hash,
     model_name,
-    opens_think,
+    opening,
+    own_think,
     pick_dtype,
     progress,
     read_rows,
     read_run,
+    read_shards,
     row_key,
+    sampling_cost,
+    shard_files,
     share,
     split_packs,
     steered,
@@ -116,7 +119,7 @@ def training_items(out, model, tokenizer, most=512):
     train = read_run(out).get("train", {"arguments": {}, "identity": {}})
     args = train["arguments"]
     source = args.get("data") or Path(out) / "guarded.jsonl"
-    if args.get("online") or not args.get("data") and not source.exists():
+    if args.get("online") or not args.get("data") and not shard_files(source):
         return []
     try:
         rows = (prompt_rows if args.get("primer") else training_rows)(source, args.get("label"))
@@ -301,7 +304,7 @@ def read_source(folder, known):
     run = read_run(folder)
     if not run.get("guard", {}).get("finished"):
         raise InputError(f"{folder}: guard.py has not finished there; run it first")
-    judged, how, counts = read_rows(folder / "guarded.jsonl"), run["sample"]["identity"], {}
+    judged, how, counts = read_shards(folder / "guarded.jsonl"), run["sample"]["identity"], {}
     rows = [row for row in judged if row["id"] in known and row["k"] < how["n"]]          # retries are of rejected prompts only
     for row in rows:
         s, n = counts.get(row["id"], (0, 0))
@@ -312,10 +315,9 @@ def read_source(folder, known):
 
 def text_item(tokenizer, prompt, response):
     """A prompt (the user's turn) and the text of a response as an item."""
-    if opens_think(tokenizer):
-        response = response.removeprefix("<think>").lstrip("\n")
     ids = encode_prompt(tokenizer, prompt)
-    return {"ids": ids + encode_response(tokenizer, response) + [tokenizer.eos_token_id], "n_prompt": len(ids)}
+    answer = encode_response(tokenizer, own_think(response, tokenizer))
+    return {"ids": ids + answer + [tokenizer.eos_token_id], "n_prompt": len(ids)}
 
 
 def figures(rows, judge):
@@ -447,7 +449,7 @@ def main(args):
     trained = args.model or (args.out / "model" if train.get("finished") else None)
     steer = {"none": "default"}.get(sampled["identity"]["steer"], sampled["identity"]["steer"])
     prompts = {row["id"]: {key: row[key] for key in ("id", "instruction", "prompt_label")}
-               for row in read_rows(args.out / "guarded.jsonl") if is_harmful(row["prompt_label"])}
+               for row in read_shards(args.out / "guarded.jsonl") if is_harmful(row["prompt_label"])}
     prompts = dict(sorted(prompts.items())[:args.limit or 600])           # ids are hashes: no matter which
     if not prompts:
         raise InputError(f"{args.out}/guarded.jsonl: no harmful prompts in it")
@@ -456,7 +458,7 @@ def main(args):
     judge_folder = guard_format(judge, student)[1]
 
     def load(name):
-        return load_decoder(name, args.device, pick_dtype(args))
+        return load_decoder(name, args.device, pick_dtype(args), args.quantize)
     model, tokenizer = load(student)
     n, most = args.n or 8, args.max_new_tokens or sampled["identity"]["max_new_tokens"]
     stage = Stage("theory", args, {
@@ -482,7 +484,7 @@ def main(args):
                 rows.append({**row, "arm": arm, "k": k, "response": decode_response(tokenizer, c.tokens, model.eos_ids),
                              "finish_reason": c.finish_reason, "n_tokens": len(c.tokens), "tokens": c.tokens})
                 writer.write(rows[-1])
-                stage.spend(tokens=len(c.tokens), flops=flops(model, [len(ids[c.index]) + len(c.tokens) - 1], len(c.tokens)))
+                stage.spend(**sampling_cost(model, ids[c.index], c.tokens))
                 advance(tokens=len(c.tokens))
 
     def score(rows, key, items, drawn=AS_IT_IS):
@@ -512,15 +514,15 @@ def main(args):
         free_memory()
         model, _ = load(trained)
         perplexities[str(args.out)]["after"] = perplexity(model, training_items(args.out, model, tokenizer))
-        if model.head.dtype == torch.float32:
+        if model.head.dtype == torch.float32 and not args.quantize:
             merge_lora(model)                                             # faster; bf16 weights would be rounded by it
         draw(model, {"trained, plain": ("none", 1), "trained, told": (steer, 1)})
     model = None
     free_memory()
 
-    opened, todo = "<think>\n" if opens_think(tokenizer) else "", [row for row in rows if "p_unsafe" not in row]
+    opened, todo = opening(tokenizer), [row for row in rows if "p_unsafe" not in row]
     if todo:
-        guard = load_guard(judge, args.device, pick_dtype(args), load(student) if judge == "self" else None)
+        guard = load_guard(judge, args.device, pick_dtype(args), load(student) if judge == "self" else None, args.quantize)
         with progress(f"guard {judge}", len(todo), "trace") as advance:
             for few in split_packs(todo, lambda row: 1, 128):
                 for row, verdict in zip(few, guard.judge([(row["instruction"], opened + row["response"]) for row in few])):
@@ -537,11 +539,11 @@ def main(args):
     report = {"student": student, "steer": steer, "prompts": len(prompts), "n": n,
               "by": {name: figures(rows, name) for name in ["oracle"] * in_tiny_world + ["guard"]},
               "decomposition": decompositions(rows, sources), "perplexity": perplexities,
-              "epochs": perplexity_by_epoch(args.out) if trained else [],
+              "epochs": perplexity_by_epoch(args.out) if train.get("finished") else [],
               "guard": of_the_guard(rows, sources, threshold) if in_tiny_world else None}
     write_atomic(args.out / "theory.json", json.dumps(report, indent=1))
     print(inert(table(report)))
-    if trained:
+    if train.get("finished"):
         again = second_round(args.out, run, str(trained), student)
         print(inert("a second round, from the trained student:\n  " + "\n  ".join(again)))
     stage.finish(f"measured the theory on {len(prompts)} prompts", args.out / "theory.json",

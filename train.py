@@ -76,8 +76,8 @@ from thinksafe import (
     model_hash,
     model_name,
     number,
-    opens_think,
     own_dtype,
+    own_think,
     pack_ids,
     parser,
     pick_dtype,
@@ -91,6 +91,7 @@ from thinksafe import (
     save_lora,
     save_state,
     split_packs,
+    split_revision,
     stage_seed,
     template_hash,
     write_atomic,
@@ -130,8 +131,7 @@ def key_sentence(row, response, ids, tokenizer):
 def encode_rows(rows, tokenizer, max_length, strip_cot=None, primer=None, safekey=False):
     """-> ([{id, ids, n_prompt, label, benign}], Counter of what was left out and why).
 
-    ids = prompt as the template renders it + response + eos. A template that opens <think> itself has it already,
-    so a response (of another tool) that starts with one loses it. strip_cot: "harmful" or "all" rows keep an empty
+    ids = prompt as the template renders it + response (`own_think`) + eos. strip_cot: "harmful" or "all" rows keep an empty
     reasoning. primer: the response is <think> and these words, without an end; benign rows are left out.
     safekey: items also get "key", the place in ids of `key_sentence`."""
     items, left_out, told = [], Counter(), []
@@ -154,8 +154,7 @@ def encode_rows(rows, tokenizer, max_length, strip_cot=None, primer=None, safeke
             continue
         if "</think>" in response and (strip_cot == "all" or strip_cot == "harmful" and not benign):
             response = "<think>\n\n</think>\n\n" + response.rpartition("</think>")[2].lstrip()
-        if opens_think(tokenizer):
-            response = response.removeprefix("<think>").removeprefix("\n")
+        response = own_think(response, tokenizer)
         prompt, ids = encode_prompt(tokenizer, row["instruction"]), encode_response(tokenizer, response)
         item = {"id": row["id"], "ids": prompt + ids + ([] if primer else [tokenizer.eos_token_id]), "n_prompt": len(prompt),
                 "label": row["prompt_label"], "benign": benign}
@@ -191,8 +190,7 @@ def rendered(item, tokenizer):
     lines = []
     for part, ids in (("prompt ", item["ids"][:item["n_prompt"]]), ("trained", item["ids"][item["n_prompt"]:])):
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-        lines += [f"{part} | {line}" for line in text.split("\n")]
+        lines += [f"{part} | {line}" for line in inert(text).split("\n")]
     return "\n".join(lines)
 
 
@@ -504,7 +502,7 @@ def model_card(out):
     adapter, on_hub = (folder / "adapter_config.json").exists(), not Path(train["model"]).is_absolute()
 
     def name(model):                                                       # not where it lies on somebody's disk, and inert
-        return re.sub(r"[^\w.,:/@+= -]", "?", Path(model).name if Path(model).is_absolute() else model)
+        return re.sub(r"[^\w.,:/@+= -]", "?", Path(model).name if Path(model).is_absolute() else split_revision(model)[0])
 
     def table(*rows):
         return "\n".join(f"| {' | '.join(map(as_markdown, row))} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
@@ -631,8 +629,6 @@ def main():
     if read is training_rows and args.data is None and len(rows) < run["guard"].get("rows", 0):
         raise InputError(f"{path}/guarded.jsonl: {len(rows)} of the {run['guard']['rows']} rows that guard.py wrote are there; "
                          "run it again, or give the rows that you want with --data FILE")
-    if world > recipe["batch_size"]:
-        raise InputError(f"{world} ranks for steps of {recipe['batch_size']} rows: use fewer, or a larger --batch-size")
     if args.quantize and args.full:
         raise InputError("--quantize keeps the weights as they are and --full trains them; leave one of them out")
     if args.export and (args.primer or args.safekey):
@@ -657,6 +653,8 @@ def main():
         items = balanced(items, args.limit, args.seed)
     if args.safekey and not any("key" in item for item in items):
         raise InputError(f"{path}: --safekey finds no row whose reasoning has two sentences")
+    if world > (most := min(recipe["batch_size"], len(items))):
+        raise InputError(f"{world} ranks for steps of {most} rows: use fewer, or a larger --batch-size")
     if args.export:
         args.out.mkdir(parents=True, exist_ok=True)
         return export_trl(args.out / "trl.jsonl", items, tokenizer)

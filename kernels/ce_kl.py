@@ -208,7 +208,7 @@ def _launch(mode, h, head, y, r, head_r, shift, coef=None):
     return out, stat, z_y
 
 
-def _mm(a, b):
+def mm(a, b):
     """a @ b, accumulated and returned in fp32."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -238,7 +238,7 @@ def _kernel_chunk(head, head_r, h, y, w, r, lam, want_grad, shift):
         again = again | t.isfinite() & (t.abs() > MARGIN)
     grad = None
     if want_grad:
-        R, grad = sums[1], _mm(out, head)                                 # D, and E below it
+        R, grad = sums[1], mm(out, head)                                 # D, and E below it
         if r is None:
             grad *= (w / R)[:, None]
         else:
@@ -485,7 +485,7 @@ def check(device, N, V, D):
         if apart and dtype == torch.bfloat16:           # had g = softmax(h_ref W^T) W been cached instead of h_ref
             z = h.float() @ head.float().T
             e = (z - z.gather(1, y[:, None])).exp().bfloat16()
-            g = _mm(e, head) / e.float().sum(1, keepdim=True)
+            g = mm(e, head) / e.float().sum(1, keepdim=True)
             g_r = ((r.double() @ wide[0].T).softmax(1) @ wide[0]).float()
             row |= {name: _errors([g - c], truth[1:]) for name, c in (("g fp32", g_r), ("g bf16", g_r.bfloat16()))}
         rows.append(_show(row))

@@ -14,21 +14,16 @@ teacher has a loss and a gradient of exactly zero. The forward KL is in ce_kl.py
 import torch
 from torch.autograd.function import once_differentiable
 
+from kernels.ce_kl import mm
+
 ROWS = 256              # rows of logits in flight: four blocks of 156 MB at V = 151936
-
-
-def _mm(a, b):
-    """a @ b, accumulated and returned in fp32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 def _plain(h, W, r, W_r):
     """h (C, D), W (V, D), r (C, D_r), W_r (V, D_r) -> loss (C,) and its gradient to the logits (C, V), fp32."""
-    log_p = _mm(h, W.T).log_softmax(1)
+    log_p = mm(h, W.T).log_softmax(1)
     p = log_p.exp()
-    apart = log_p.sub_(_mm(r, W_r.T).log_softmax(1))                     # log p - log q
+    apart = log_p.sub_(mm(r, W_r.T).log_softmax(1))                     # log p - log q
     loss = (p * apart).sum(1)
     return loss, p.mul_(apart.sub_(loss[:, None]))
 
@@ -43,7 +38,7 @@ class _ReverseKl(torch.autograd.Function):
             rows = slice(i, i + ROWS)
             loss[rows], dz = _plain(hidden[rows], head, ref_hidden[rows], ref_head)
             if ctx.needs_input_grad[0]:
-                d_hidden[rows] = _mm(dz.to(head.dtype), head)
+                d_hidden[rows] = mm(dz.to(head.dtype), head)
         ctx.save_for_backward(d_hidden)
         return loss
 

@@ -126,6 +126,8 @@ def test_cost_of_data_is_where_they_were_made(tmp_path):
     a, b, c = (cost_of(json.loads((tmp_path / name / "run.json").read_text())) for name in ("a-0", "b-0", "c-0"))
     assert a == b == {"rows": {"value": 7}, "seconds": {"value": 30.0}, "tokens": {"value": 100}, "guard_tokens": {"value": 200},
                       "train_tokens": {"value": 300}, "flops": {"value": 1.11e12}}
+    write_run(tmp_path / "d-0", data=str(tmp_path / "a-0"))                                     # the run's folder
+    assert cost_of(json.loads((tmp_path / "d-0" / "run.json").read_text())) == a
     assert c["flops"]["value"] == 1e12 and c["tokens"]["value"] == 0 and cost_of({}) == {}
 
 

@@ -12,6 +12,7 @@ from thinksafe import (
     add_lora,
     encode_prompt,
     load_decoder,
+    lora_layers,
     lora_off,
     lora_tensors,
     merge_lora,
@@ -176,8 +177,12 @@ def lora_pair(folders, tmp_path):
     return model, PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True), tmp_path / "adapter"
 
 
-def test_lora_logits_and_gradients_equal_peft(lora_pair):
+@pytest.mark.parametrize("packed", [False, True])
+def test_lora_logits_and_gradients_equal_peft(lora_pair, packed):
     model, peft, folder = lora_pair
+    if packed:
+        model.pack(train=True)
+        assert {layer.small for layer in lora_layers(model).values()} == {False, True}
     docs, cu = documents()
     tokens = torch.cat(docs)
     logits = model.logits(model(tokens, cu))

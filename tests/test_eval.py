@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import weakref
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,6 @@ from eval import (
     share,
     table,
 )
-from guard import Verdict
 from thinksafe import InputError, add_lora, clustered, load_decoder, lora_layers, save_lora, wilson
 
 DATA = Path(os.environ.get("THINKSAFE_DATA", ROOT.parent / "shared" / "data"))
@@ -269,12 +269,11 @@ class Stub:
     """A guard that knows its answers."""
 
     def __init__(self, name, label, log):
-        self.name, self.label, self.log = name, label, log
+        self.name, self.label, self.log, self.cost = name, label, log, Counter(guard_tokens=7)
 
-    def judge(self, pairs):
-        self.log.append((self.name, "judge", len(pairs)))
-        return [Verdict(self.label, None)] * len(pairs)
-
+    def says_unsafe(self, pairs, threshold=0.5):
+        self.log.append((self.name, "unsafe", len(pairs), threshold))
+        return [{"unsafe": True}.get(self.label)] * len(pairs)
 
     def refuses(self, pairs):
         self.log.append((self.name, "refuses", len(pairs)))
@@ -294,13 +293,15 @@ def test_judging_one_guard_after_the_other():
     for r in rows:
         r.update(instruction="x", response="The answer is 3.", finish_reason="stop", prompt_label="vanilla_harmful")
     rows[-1]["finish_reason"] = "prompt_too_long"
-    judge_rows(rows, "a", "b", load)
-    assert log == [("a", "judge", 1), ("a", "refuses", 2), ("b", "judge", 1)]
+    spent = []
+    judge_rows(rows, "a", "b", load, threshold=0.9, spend=lambda **cost: spent.append(cost))
+    assert log == [("a", "unsafe", 1, 0.5), ("a", "refuses", 2), ("b", "unsafe", 1, 0.9)]
+    assert spent == [{"guard_tokens": 7}, {}, {"guard_tokens": 7}]
     assert [(r["unsafe"], r["guard_unsafe"], r["refused"], r["solved"]) for r in rows] == [
         (True, None, None, None), (None, None, True, None), (None, None, None, True), (None, None, None, None), (None, None, None, None)]
     log.clear()
     judge_rows(rows, "a", "a", load)                                                             # asked once, though it is both
-    assert log == [("a", "judge", 1), ("a", "refuses", 2)] and rows[0]["guard_unsafe"] is True
+    assert log == [("a", "unsafe", 1, 0.5), ("a", "refuses", 2)] and rows[0]["guard_unsafe"] is True
     log.clear()
     judge_rows(rows[2:3], "a", "b", lambda name: pytest.fail("nothing to judge"), opened="<think>\n")    # R1's template opens it
     assert rows[2]["solved"] is False

@@ -52,6 +52,12 @@ def test_strip_cot(tokenizer, opened):
         assert (prompt + refusal).endswith("assistant\n<think>\n\n</think>\n\nNo, not 1.<|im_end|>")
 
 
+def test_a_teacher_whose_template_opens_think(tokenizer):
+    """Its traces begin inside the reasoning; a student whose template does not is to open it itself."""
+    whole, begun = (texts(encode_rows([row(1, response=r)], tokenizer, 2048)[0], tokenizer) for r in (TWO, TWO.removeprefix("<think>\n")))
+    assert whole == begun and whole[0][1].startswith("<think>\n")
+
+
 # ---- SafePath
 
 def test_primer_is_the_whole_target(tokenizer, opened):

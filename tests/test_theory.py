@@ -293,14 +293,21 @@ def test_command(small):
 
 
 def test_where_nobody_knows_the_truth(small, tmp_path):
-    """Another student than the tiny world's: the guard alone says what is accepted."""
+    """Another student than the tiny world's, shards of rows, a trained model of elsewhere: the guard alone says what is accepted."""
     shutil.copytree(ROOT / "tiny" / "student", tmp_path / "student")
-    shutil.copytree(small, tmp_path / "out", ignore=shutil.ignore_patterns("theory*"))
-    done = call("eval.py", "--theory", "--out", tmp_path / "out", "--before", tmp_path / "student", "--limit", 3, "--n", 2, "--sources", small)
+    out = shutil.copytree(small, tmp_path / "out", ignore=shutil.ignore_patterns("theory*", "model", "metrics*", "guarded*"))
+    rows = (small / "guarded.jsonl").read_text().splitlines(keepends=True)
+    for i in (0, 1):
+        (out / f"guarded-{i + 1}of2.jsonl").write_text("".join(rows[i::2]))
+    run = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({key: run[key] for key in ("sample", "guard")}))
+    done = call("eval.py", "--theory", "--out", out, "--before", tmp_path / "student", "--model", small / "model", "--limit", 3, "--n", 2,
+                "--sources", small, "--shard", "1/2")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "theory.json").read_text())
     assert list(report["by"]) == ["guard"] and report["guard"] is None and "oracle" not in done.stdout
     assert report["decomposition"][str(small)] == report["decomposition"][str(tmp_path / "out")]
+    assert not list(out.glob("theory-*")) and report["epochs"] == [] and report["perplexity"][str(out)]["after"]["rows"] > 10
 
 
 def test_what_was_trained_on(small, tiny):
