@@ -55,6 +55,7 @@ from thinksafe import (
     load_state,
     load_tokenizer,
     model_name,
+    own_think,
     read_adapter,
     read_rows,
     read_run,
@@ -716,7 +717,7 @@ def test_text_is_never_control(tries, some, name):
                     target = item["ids"][item["n_prompt"]:]
                     assert of(item["ids"][:item["n_prompt"]]) == sum(frame, [])
                     assert target[-1] == tokenizer.eos_token_id and set(of(target[:-1])) <= think
-                    assert len(of(target[:-1])) <= len(re.findall("</?think>", response))
+                    assert len(of(target[:-1])) <= len(re.findall("</?think>", own_think(response, tokenizer)))
             if guard:
                 assert of(guard.encode(prompt, response)) == plain
     attack()
