@@ -55,6 +55,7 @@ from thinksafe import (
     load_state,
     load_tokenizer,
     model_name,
+    own_think,
     read_adapter,
     read_rows,
     read_run,
@@ -233,7 +234,7 @@ def stopped(undisturbed, name, how, code, at, last, home):
 
 
 @pytest.mark.parametrize("name", FLAGS)
-@pytest.mark.parametrize("how, code, points, few", [(signal.SIGKILL, None, 50, 2), (signal.SIGTERM, 143, 12, 1), (signal.SIGINT, 130, 12, 1)])
+@pytest.mark.parametrize("how, code, points, few", [(signal.SIGKILL, None, 50, 2), (signal.SIGTERM, 143, 8, 1), (signal.SIGINT, 130, 8, 1)])
 def test_stopped_at_any_operation_on_files(undisturbed, operations, side_by_side, some, tmp_path, name, how, code, points, few):
     n = operations[name]
     assert n > points
@@ -403,22 +404,23 @@ def test_truncated_weights_are_named(undisturbed, tries, some, tmp_path, what, s
             assert path.name in one_line(call(*flags))
 
 
+def edited(undisturbed, name, before, at, key, value, home):
+    """A stage on the run record of earlier ones, in which one value is something else or, as ..., missing."""
+    out = copied(undisturbed, name, home)
+    run = json.loads((out / "run.json").read_text())
+    changed = run[before][at] if at else run[before]
+    changed.pop(key) if value is ... else changed.update({key: value})
+    (out / "run.json").write_text(json.dumps(run))
+    done = call(*FLAGS[name], "--out", out)
+    assert done.returncode == 0 and printable(done.stdout) or one_line(done), (before, at, key, value)
+
+
 @pytest.mark.parametrize("name", ["guard", "train", "eval"])
-def test_run_records_that_were_edited(undisturbed, tries, some, tmp_path, name):
-    """One value of an earlier stage is something else, or missing: the run ends, or says in one line why not."""
-    out = copied(undisturbed, name, tmp_path)
-    text = (out / "run.json").read_text()
-    cases = [(before, at, key, value) for before, entry in json.loads(text).items() for at in ("", "identity") for key in (entry[at] if at else entry)
-             if key in ("model", "rows", "guards", "identity", "arguments", "labels", "left_out", "steps", "n", "seed", "steer") for value in (..., None, "x\x1b[2J", [])]
-    for before, at, key, value in some(cases, 5):
-        with tries("fault"):
-            run = json.loads(text)
-            changed = run[before][at] if at else run[before]
-            changed.pop(key) if value is ... else changed.update({key: value})
-            copied(undisturbed, name, tmp_path)
-            (out / "run.json").write_text(json.dumps(run))
-            done = call(*FLAGS[name], "--out", out)
-            assert done.returncode == 0 and printable(done.stdout) or one_line(done), (before, at, key, value)
+def test_run_records_that_were_edited(undisturbed, side_by_side, some, tmp_path, name):
+    run = read_run(copied(undisturbed, name, tmp_path))
+    cases = [(before, at, key, value) for before, entry in run.items() for at in ("", "identity") for key in (entry[at] if at else entry)
+             if key in ("model", "rows", "guards", "identity", "arguments", "labels", "left_out", "steps", "n", "seed", "steer") for value in (..., "x\x1b[2J", [])]
+    side_by_side(edited, [(undisturbed, name, *case, tmp_path / str(i)) for i, case in enumerate(some(cases, 5))])
 
 
 @pytest.mark.parametrize("change", [{"step": "3"}, {"step": -1}, {"step": 99}, {"step": ...}, {"metrics": 5}, {"metrics": []}, {"identity": ...}, "param", "optim", "shape"], ids=str)
@@ -592,36 +594,45 @@ def test_duplicate_ids(undisturbed, tries, tmp_path):
         assert "row 2: id" in one_line(call("sample.py", "--prompts", path, "--out", tmp_path / "new"))
 
 
-WRONG = [None, True, 1, -1.5, 10**30, "", "x\x1b[2J", [], [1], {}, {"a": 1}]
+WRONG = [None, True, -1.5, 10**30, "x\x1b[2J", [1], {}, ...]               # ...: missing
+
+
+def with_value(rows, row, key, value):
+    """The rows as lines, with another value in one of them."""
+    changed = [r if r is not row else {k: v for k, v in {**r, key: value}.items() if v is not ...} for r in rows]
+    return "".join(json.dumps(r) + "\n" for r in changed)
+
+
+def wrong_value(undisturbed, name, file, lines, home):
+    """A stage on a file with these lines: it ends, or says in one line why not."""
+    out, flags = home / "out", [*FLAGS[name], "--out", home / "out"]
+    if file == "prompts.jsonl":
+        flags, out = ["sample.py", "--prompts", home / file, "--out", home / "new", "--limit", 3, "--max-new-tokens", 1], home
+    home.mkdir()
+    if out != home:
+        shutil.copytree(undisturbed[name], out)
+    (out / file).write_text(lines)
+    done = call(*flags)
+    assert done.returncode == 0 and printable(done.stdout) or one_line(done)
 
 
 @pytest.mark.parametrize("name, file", [("sample", "prompts.jsonl"), ("guard", "samples.jsonl"), ("guard", "guarded.jsonl"), ("train", "guarded.jsonl"),
                                         ("train", "metrics.jsonl"), ("eval", "eval.jsonl")])
-def test_wrong_types_never_end_in_a_traceback(undisturbed, tries, some, tmp_path, name, file):
-    """One value of one row is something else, or missing: the run ends, or says in one line why not."""
-    out = tmp_path / "out"
-    shutil.copytree(undisturbed[name], out)
-    flags = [*FLAGS[name], "--out", out]
-    if file == "prompts.jsonl":
-        flags, out = ["sample.py", "--prompts", tmp_path / file, "--out", tmp_path / "new", "--limit", 3, "--max-new-tokens", 1], tmp_path
-        shutil.copy(ROOT / "tiny" / file, out)
-    if (name, file) == ("train", "guarded.jsonl"):                        # the rows alone: training takes a second
-        model_tokenizer = load_tokenizer(ROOT / "tiny" / "student")
-    rows = rows_of(out / file)
+def test_wrong_types_never_end_in_a_traceback(undisturbed, tries, side_by_side, some, tmp_path, name, file):
+    """One value of one row is something else, or missing."""
+    rows = rows_of((ROOT / "tiny" if file == "prompts.jsonl" else undisturbed[name]) / file)
     row = next((r for r in rows if r.get("set") == "reasoning"), rows[1])
-    cases = [(key, value) for key in row for value in [*WRONG, ...] if type(value) is not type(row[key])]
-    for key, value in some(cases, 12):
+    cases = some([(key, value) for key in row for value in WRONG if type(value) is not type(row[key])], 8)
+    if (name, file) != ("train", "guarded.jsonl"):
+        side_by_side(wrong_value, [(undisturbed, name, file, with_value(rows, row, *case), tmp_path / str(i)) for i, case in enumerate(cases)])
+        return
+    tokenizer = tiny_tokenizer()
+    for case in cases:                                                    # the rows alone: training takes a second
         with tries("fault"):
-            changed = [r if r is not row else {k: v for k, v in {**r, key: value}.items() if v is not ...} for r in rows]
-            (out / file).write_text("".join(json.dumps(r) + "\n" for r in changed))
-            if (name, file) == ("train", "guarded.jsonl"):
-                with contextlib.suppress(InputError):
-                    items, left_out = train.encode_rows(training_rows(out / file), model_tokenizer, 2048)
-                    assert len(items) + left_out.total() in (len(rows), len(rows) - 1)
-                continue
-            shutil.rmtree(tmp_path / "new", ignore_errors=True)
-            done = call(*flags)
-            assert done.returncode == 0 and printable(done.stdout) or one_line(done)
+            (tmp_path / file).write_text(with_value(rows, row, *case))
+            with contextlib.suppress(InputError):
+                items, left_out = train.encode_rows(training_rows(tmp_path / file), tokenizer, 2048)
+                assert len(items) + left_out.total() in (len(rows), len(rows) - 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -706,7 +717,7 @@ def test_text_is_never_control(tries, some, name):
                     target = item["ids"][item["n_prompt"]:]
                     assert of(item["ids"][:item["n_prompt"]]) == sum(frame, [])
                     assert target[-1] == tokenizer.eos_token_id and set(of(target[:-1])) <= think
-                    assert len(of(target[:-1])) <= len(re.findall("</?think>", response))
+                    assert len(of(target[:-1])) <= len(re.findall("</?think>", own_think(response, tokenizer)))
             if guard:
                 assert of(guard.encode(prompt, response)) == plain
     attack()
