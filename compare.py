@@ -55,7 +55,9 @@ def cost_of(run):
     data = train.get("arguments", {}).get("data")
     if not train.get("finished"):
         return {}
-    home = run if not data else {} if not Path(data).exists() else read_run(data if Path(data).is_dir() else Path(data).parent)
+    if data:                                                               # a file, perhaps in shards, a run's folder, or a name
+        folder = Path(data) if Path(data).is_dir() else Path(data).parent if Path(data).suffix else None
+    home = run if not data else read_run(folder) if folder else {}
     stages = [stage for stage in (home.get("sample"), home.get("guard"), train) if stage and "cost" in stage]
     out = {"rows": train["rows"], **{key: sum(stage["cost"].get(key, 0) for stage in stages) for key in COST},
            "seconds": sum(stage["seconds"] for stage in stages)}

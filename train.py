@@ -440,12 +440,13 @@ def checkpoint_tensors(trainable, optimizer):
 
 
 def is_whole(tensors, meta, trainable, steps):
-    """Whether a checkpoint has what `restore_checkpoint` and the loop take from it: all weights, their optimizer's state, and the
-    metrics of each step so far."""
+    """Whether a checkpoint has what `restore_checkpoint` and the loop take from it: all weights, their optimizer's state (that
+    of SafeKey's heads begins late), and the metrics of each step so far."""
     shapes = {f"param.{name}": p.shape for name, p in trainable.items()}
     numbers = {name.split(".")[1] for name in tensors if name.startswith("optim.")}
+    stepped = {str(i) for i, name in enumerate(trainable) if not name.startswith("safekey.")}
     step, metrics = meta.get("step"), meta.get("metrics")
-    return (type(step) is int and 0 < step <= steps and numbers == set(map(str, range(len(trainable))))
+    return (type(step) is int and 0 < step <= steps and stepped <= numbers <= set(map(str, range(len(trainable))))
             and {name: t.shape for name, t in tensors.items() if name.startswith("param.")} == shapes
             and isinstance(metrics, list) and len(metrics) >= step
             and all(isinstance(row, dict) and {"tokens", "loss"} <= row.keys() for row in metrics))

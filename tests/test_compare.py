@@ -67,7 +67,7 @@ def test_every_stage_records_its_cost(small, tiny):
     record = json.loads((small / "plain-0" / "run.json").read_text())
     cost = {name: entry["cost"] for name, entry in record.items()}
     assert {name: set(x) - {"flops"} for name, x in cost.items()} == {
-        "sample": {"tokens"}, "guard": {"guard_tokens"}, "train": {"train_tokens"}, "eval": {"tokens"}}
+        "sample": {"tokens"}, "guard": {"guard_tokens"}, "train": {"train_tokens"}, "eval": {"tokens", "guard_tokens"}}
     assert cost["sample"]["tokens"] == record["sample"]["tokens"] and cost["train"]["train_tokens"] == record["train"]["train_tokens"]
     weights = sum(p.numel() for p in tiny[0].parameters())
     assert 2 < cost["sample"]["flops"] / weights / cost["sample"]["tokens"] < 4                  # prompts too, and attention

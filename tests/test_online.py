@@ -250,14 +250,11 @@ def test_reward_is_probability_of_safe_plus_format():
         def judge(self, pairs):
             seen.extend(pairs)
             return [Verdict("unsafe", 0.75), Verdict("unknown", None, "no_verdict"), Verdict("safe", 0.0)]
-
-        def encode(self, prompt, response):
-            return [0] * 7
     items = [{"instruction": "Q", "response": text} for text in ("a</think>b", "a</think>b", "never closed")]
-    rewards, figures = judge(items, Fake(), True)
+    rewards, figures = judge(items, Fake(), "<think>\n")
     torch.testing.assert_close(rewards, torch.tensor([1.25, 1.0, 1.0]))
     assert seen[0] == ("Q", "<think>\na</think>b")
-    assert figures == {"reward": pytest.approx(3.25 / 3), "p_safe": pytest.approx(1.25 / 3), "format": pytest.approx(2 / 3), "guard_tokens": 21}
+    assert figures == {"reward": pytest.approx(3.25 / 3), "p_safe": pytest.approx(1.25 / 3), "format": pytest.approx(2 / 3)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

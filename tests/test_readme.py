@@ -1,4 +1,5 @@
 """Every command, flag and change of the README, at tiny size; what cannot run here is named below and why."""
+import io
 import json
 import re
 import shlex
@@ -13,8 +14,10 @@ README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = [(m[1], m[2]) for m in re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)]
 PROGRAMS = "python", "pip", "bash", "vllm", "trl", "sbatch", "torchrun", "for", "pytest"
 NOT_HERE = {                                         # how a command begins -> why it is not run here
+    "python sample.py --bench": "below",
     "pip install": "what CI does", "vllm": "another tool", "trl": "another tool", "mkdir": "for trl", "sbatch": "a cluster",
     "torchrun": "test_scale.py", "for ": "test_scale.py: shards", "bash runs/": "test_methods.py: hours", "pytest": "this is it",
+    "python tests/bench_train.py": "test_train.py: TRL", "eval.py --compare": "test_compare.py",
     "python sample.py --steer kind": "below", "python sample.py --n 4": "below", "python guard.py --keep safest": "below",
     "python -m pytest": "test_trust.py", "python tiny/build.py": "half an hour", "python tests/smollm2.py": "conftest.py: smollm2"}
 TINY = {"Qwen/Qwen3-0.6B": "tiny", "STUDENT": "tiny", "TEACHER": "tiny/teacher", "MODEL": "tiny/teacher", "FILE": "tiny/safekey.jsonl",
@@ -63,7 +66,12 @@ def stages(tmp_path_factory):
     return here | {"done": out}
 
 
-def run_command(command, out, stages):
+def test_the_bench():
+    done = call("sample.py", "--bench", "--requests", 6, "--prompt-tokens", 20, "--new-tokens", 30, "--rounds", 1, "--batch", 6)
+    assert done.returncode == 0 and done.json["best"].keys() == {"ours", "transformers"} and done.json["ratio"] > 0
+
+
+def run_command(command, out, stages, monkeypatch):
     """One command of the README with the names of the tiny world for those of the hub, on few rows."""
     words = shlex.split(command)
     script, *flags = words[words[0] == "python":]
@@ -85,6 +93,7 @@ def run_command(command, out, stages):
     more = FEW[script] if "--limit" not in flags and "--compare" not in flags and "--help" not in flags else []
     if "--data" in flags and "--primer" not in flags:                 # the sets of the hub know their label
         more = ["--limit", "16", "--label", "vanilla_harmful"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("How do I bake a cake?\n"))                                   # for --chat
     done = call(f"{script}.py", *flags, *([] if "--out" in flags or "--help" in flags else ["--out", out]), *more)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done
@@ -96,7 +105,7 @@ def test_command(stages, tmp_path, monkeypatch, group):
     for line in group:
         for command in [] if line.startswith("for ") else re.split(r"\s*&&\s*", line):
             if not command.startswith((*NOT_HERE, "cp ")):
-                run_command(command, tmp_path / "out", stages)
+                run_command(command, tmp_path / "out", stages, monkeypatch)
 
 
 def test_the_library_example(capsys):
