@@ -650,6 +650,14 @@ def all_reduce_(*tensors):
                 work.wait()
 
 
+def leave_together():
+    """All ranks wait for each other at the end. One that leaves early may pull down Python while a thread of gloo still
+    lets go of the last tensors, which aborts the process."""
+    if ranks()[1] > 1:
+        with others_answer():
+            dist.barrier()
+
+
 def from_rank_0(value, *tensors):
     """-> rank 0's value (anything that can be pickled); each tensor becomes rank 0's."""
     if ranks()[1] == 1:

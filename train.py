@@ -66,6 +66,7 @@ from thinksafe import (
     is_steered,
     is_tiny,
     join_ranks,
+    leave_together,
     load_decoder,
     load_lora,
     load_state,
@@ -829,7 +830,7 @@ def main():
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
                 save(step + 1)
     if rank:
-        return
+        return leave_together()
     if start < len(steps):
         save(len(steps))
     if model.device.type == "cuda" and start < len(steps) and not online:  # the sampler takes what is free
@@ -856,6 +857,7 @@ def main():
     write_atomic(args.out / "model" / "README.md", model_card(args.out))
     stage.finish(f"trained {len(steps)} steps on {len(items)} rows, last loss {done[-1]['loss']:.4f}", args.out / "model",
                  f"python eval.py --out {args.out}", **counts)
+    leave_together()
 
 
 if __name__ == "__main__":
