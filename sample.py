@@ -17,7 +17,6 @@ each prompt, in order of finishing.
 import hashlib
 import json
 import math
-import mmap
 import sys
 from collections import Counter
 from typing import NamedTuple
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from data import VERSIONS, label_counts, prompt_rows
-from kernels.decode_attention import decode_attention, groups, quantise, slot_attention
+from kernels.cache import PagedCache, SlotCache
 from thinksafe import (
     LABELS,
     STEER,
@@ -128,11 +127,6 @@ def uniforms(seed, key, n):
     return torch.rand(n, generator=torch.Generator().manual_seed(int.from_bytes(digest) >> 1), dtype=torch.float64)
 
 
-def _lazy_zeros(shape, dtype):
-    """On a CPU; memory is taken when it is first written to: a slot for the longest trace costs what its trace needs."""
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
-
-
 class Sampler:
     """Batched generation over a preallocated key-value cache with continuous refill.
 
@@ -140,9 +134,9 @@ class Sampler:
     its place, so that all work is on contiguous slices. A step samples one token for each slot and reads nothing
     back; every `window` steps finished slots are emptied and, when enough of them are, filled again.
 
-    The cache is in pages of `page` tokens (kernels/decode_attention.py): a sequence holds what it needs, and where
-    no page is left the one with the fewest tokens is put back, to go on later from what it has. On a CPU a page is a
-    whole slot. On a GPU a step is a CUDA graph, one for each bucket of slots and of reach.
+    On a GPU the cache is in pages of `page` tokens (kernels/cache.py): a sequence holds what it needs, and where no page
+    is left the one with the fewest tokens is put back, to go on later from what it has. A step is a CUDA graph, one for
+    each bucket of slots and of reach.
 
     kv_bits: 16 (the model's dtype) or 8. pages: most pages to hold (default: what fits the GPU's free memory)."""
 
@@ -160,29 +154,17 @@ class Sampler:
         """The cache and the state of each slot, for prompts {index: ids} and the most tokens to sample for each."""
         c, device, dtype, slots = self.model.config, self.model.device, self.model.head.dtype, self.slots
         longest, budget = max(len(p) + limits[i] for i, p in prompts.items()), max(limits.values())
-        self.k = self.v = self.k_scale = self.v_scale = None
-        self.graphs, self.graph_pool, self.free = {}, None, []
-        heads, layers = c.num_key_value_heads, c.num_hidden_layers
+        self.cache, self.graphs, self.graph_pool = None, {}, None
         if self.page:
-            stored, quantised = (torch.int8, True) if self.kv_bits == 8 else (dtype, False)
-            n_pages = slots * self._pages_needed(longest) + 1                      # page 0 is for slots without a sequence
+            most, int8 = self._pages_needed(longest), self.kv_bits == 8
+            pages = slots * most + 1                                               # page 0 is for slots without a sequence
             if self.cuda:
-                page_bytes = 2 * layers * self.page * heads * (c.head_dim * stored.itemsize + 4 * quantised)
-                n_pages = min(n_pages, self._free_memory(prompts) // page_bytes)
-                if n_pages < 2:
+                pages = min(pages, self._free_memory(prompts) // PagedCache.page_bytes(c, self.page, dtype, int8))
+                if pages < 2:
                     raise torch.OutOfMemoryError
-            shape = layers, min(n_pages, self.most_pages or n_pages), self.page, heads, c.head_dim
-            self.k, self.v = (torch.zeros(shape, dtype=stored, device=device) for _ in range(2))
-            if quantised:
-                self.k_scale, self.v_scale = (torch.zeros(shape[:-1], device=device) for _ in range(2))
-            self.free, self.owned = list(range(1, shape[1])), [[] for _ in range(slots)]      # pages: free, of each slot
-            self.host_table = torch.zeros(slots, self._pages_needed(longest), dtype=torch.int32)
-            self.table = self.host_table.to(device, copy=True)
+            self.cache = PagedCache(c, slots, most, dtype, device, min(pages, self.most_pages or pages), self.page, int8)
         else:
-            shape = layers, slots + 1, heads, longest, c.head_dim                  # one slot to spare, see _sort
-            self.k, self.v = (_lazy_zeros(shape, dtype) for _ in range(2))
-            if dtype == torch.float32:                                             # by columns, faster there
-                self.k = _lazy_zeros((*shape[:3], c.head_dim, longest), dtype).mT
+            self.cache = SlotCache(c, slots, longest, dtype)
         self.rows = torch.arange(slots, device=device)
         self.prompt_length = torch.ones(slots, device=device, dtype=torch.long)
         self.made = torch.zeros_like(self.prompt_length)                           # sampled tokens
@@ -210,24 +192,6 @@ class Sampler:
         torch.cuda.empty_cache()
         return max(0, int(0.95 * torch.cuda.mem_get_info(device)[0] - 2 * need))
 
-    def _write(self, layer, slot, position, k, v):
-        """k, v (n, Hkv, d) into the cache of slot (n,) at position (n,)."""
-        if not self.page:
-            self.k[layer][slot, :, position], self.v[layer][slot, :, position] = k, v
-            return
-        page, offset = self.table[slot, position // self.page].long(), position % self.page
-        for cache, scales, x in ((self.k, self.k_scale, k), (self.v, self.v_scale, v)):
-            if scales is not None:
-                x, scales[layer][page, offset] = quantise(x)
-            cache[layer][page, offset] = x
-
-    def _give_pages(self, slot, count):
-        """The first `count` pages of the slot's sequence are there afterwards; the caller knows that enough are free."""
-        pages = self.owned[slot]
-        while len(pages) < count:
-            self.host_table[slot, len(pages)] = self.free[-1]
-            pages.append(self.free.pop())
-
     def _pages_needed(self, length):
         """Pages for a sequence of that length and the window after it; none without paging."""
         return -(-(length + self.window) // self.page) if self.page else 0
@@ -236,57 +200,14 @@ class Sampler:
         """Empty a slot: the last busy one moves in."""
         self.busy = last = self.busy - 1
         if slot != last:
-            if self.page:
-                self.owned[slot], self.owned[last] = self.owned[last], self.owned[slot]
-                self.host_table[[slot, last]] = self.host_table[[last, slot]]
-            else:
-                self._copy(last, slot, int(self.prompt_length[last] + self.made[last]))
-            for x in self._state():
-                x[slot] = x[last]
+            self.cache.move(last, slot, int(self.prompt_length[last] + self.made[last]))
+            for x in (self.prompt_length, self.made, self.limit, self.done, self.tokens, self.u, self.hidden, self.logprobs):
+                if x is not None:
+                    x[slot] = x[last]
             self.index[slot] = self.index[last]
         self.index.pop()
         self.done[last], self.made[last], self.prompt_length[last] = True, 0, 1        # what an empty slot computes is harmless
-        if self.page:
-            self.free += self.owned[last]
-            self.owned[last] = []
-            self.host_table[last] = 0
-
-    def _state(self):
-        """What there is of each slot beside its cache."""
-        state = self.prompt_length, self.made, self.limit, self.done, self.tokens, self.u, self.hidden, self.logprobs
-        return [x for x in state if x is not None]
-
-    def _sort(self):
-        """On a CPU, the longest sequences first where slot_attention would read much more than there is."""
-        length = (self.prompt_length + self.made)[:self.busy]
-        falling, order = length.sort(descending=True, stable=True)
-        read = [sum(len(group) * int(group.max()) for group in groups(x)) for x in (length, falling)]
-        if read[0] < 1.1 * read[1]:
-            return
-        order, spare = order.tolist(), self.slots
-        left = {slot for slot, source in enumerate(order) if slot != source}
-        while left:                                            # a cycle: each slot's sequence goes where it belongs
-            slot = first = left.pop()
-            self._copy(first, spare, int(length[first]))
-            while (source := order[slot]) != first:
-                self._copy(source, slot, int(length[source]))
-                left.remove(source)
-                slot = source
-            self._copy(spare, slot, int(length[first]))
-        for x in self._state():
-            x[:self.busy] = x[order]
-        self.index = [self.index[slot] for slot in order]
-
-    def _copy(self, source, slot, length):
-        """The first `length` tokens of a sequence's cache into another slot, which owns the pages for them."""
-        if not self.page:
-            for x in (self.k, self.v):
-                x[:, slot, :, :length] = x[:, source, :, :length]
-            return
-        n = -(-length // self.page)
-        for x in (self.k, self.v, self.k_scale, self.v_scale):
-            if x is not None:
-                x[:, self.owned[slot][:n]] = x[:, self.owned[source][:n]]
+        self.cache.empty(last)
 
     # ---- one pass of the model
 
@@ -299,8 +220,7 @@ class Sampler:
         packed, copied = {}, {}                                # slot -> ids, slot -> slot
         for slot, (i, ids) in enumerate(prompts.items(), self.busy):
             made, logprobs = kept.get(i, ([], []))
-            if self.page:
-                self._give_pages(slot, self._pages_needed(len(ids) + len(made)))
+            self.cache.give(slot, self._pages_needed(len(ids) + len(made)))
             if group[i] in known and not made:
                 copied[slot] = known[group[i]]
             else:
@@ -312,35 +232,32 @@ class Sampler:
             self.tokens[slot, :len(made)] = torch.tensor(made, dtype=torch.long)
             if self.logprobs is not None:
                 self.logprobs[slot, :len(made)] = torch.tensor(logprobs)
-        if self.page:
-            self.table.copy_(self.host_table)
+        self.cache.sync()
         if packed:
             tokens, cu = pack_ids(packed.values(), self.model.device)
             lengths = cu.diff()
             new = torch.tensor(list(packed), device=tokens.device)
             slot, attention = new.repeat_interleave(lengths), packed_attention(cu)                  # slot (T,)
             positions = torch.arange(len(tokens), device=tokens.device) - cu[:-1].repeat_interleave(lengths)
+            write = self.cache.writer(slot, positions)
 
             def attend(layer, q, k, v):
-                self._write(layer, slot, positions, k, v)
+                write(layer, k, v)
                 return attention(layer, q, k, v)
             self.hidden[new] = self.model(tokens, positions=positions, attend=attend)[cu[1:] - 1]
         for slot, source in copied.items():
-            self._copy(source, slot, int(self.prompt_length[slot]))
+            self.cache.copy(source, slot, int(self.prompt_length[slot]))
             self.hidden[slot] = self.hidden[source]
 
     def _step(self, n, reach, wait=False):
         """One more token for the first n slots that are not done; no sequence is longer than reach."""
         made, rows = self.made[:n], self.rows[:n]
         position = self.prompt_length[:n] + made - 1           # of the last sampled token
-        attention = None if self.page else slot_attention(position + 1)
+        write, attention = self.cache.writer(rows, position), self.cache.attention(position + 1, reach)
 
         def attend(layer, q, k, v):
-            self._write(layer, rows, position, k, v)
-            if attention:
-                return attention(q, self.k[layer], self.v[layer])
-            scales = (x if x is None else x[layer] for x in (self.k_scale, self.v_scale))
-            return decode_attention(q, self.k[layer], self.v[layer], self.table[:n], position + 1, reach, *scales)
+            write(layer, k, v)
+            return attention(layer, q)
         self._draw(slice(0, n), self.model(self.tokens[rows, made - 1], positions=position, attend=attend), wait)
 
     def _draw(self, at, hidden, wait=False):
@@ -366,13 +283,10 @@ class Sampler:
     def _run(self):
         """`window` steps for all busy slots."""
         reach = int((self.prompt_length + self.made)[:self.busy].max()) + self.window - 1
-        if self.page:
-            self.table.copy_(self.host_table)
+        self.cache.sync()
         # Few shapes, so few graphs, and on a CPU few plans of oneDNN: 1, 2, 4, 8 slots, multiples of 16, all of them;
         # a reach of 1024, 4096, 16384.
         n = min(1 << (self.busy - 1).bit_length() if self.busy <= 8 else -(-self.busy // 16) * 16, len(self.made))
-        if not self.page and int(self.made[0]) % 4 == 0:
-            self._sort()
         if not self.cuda:
             for _ in range(self.window):
                 self._step(n, reach)
@@ -395,7 +309,7 @@ class Sampler:
 
     def _admit(self, waiting, prompts, kept):
         """Take from waiting what there is room for -> {index: ids}."""
-        new, tokens, free = {}, 0, len(self.free) - self.busy               # each busy slot may want a page soon
+        new, tokens, free = {}, 0, len(self.cache.free) - self.busy               # each busy slot may want a page soon
         while waiting and self.busy + len(new) < len(self.made):
             length = len(prompts[waiting[-1]]) + len(kept.get(waiting[-1], ([], []))[0])
             tokens, free = tokens + length, free - self._pages_needed(length)
@@ -409,9 +323,9 @@ class Sampler:
         """Pages for the next window of each busy slot; while they do not suffice the slot with the fewest tokens is put back."""
         while self.page:
             wanted = [self._pages_needed(n) for n in (self.prompt_length + self.made)[:self.busy].tolist()]
-            if sum(max(0, n - len(pages)) for n, pages in zip(wanted, self.owned)) <= len(self.free):
+            if sum(max(0, n - len(pages)) for n, pages in zip(wanted, self.cache.owned)) <= len(self.cache.free):
                 for slot, n in enumerate(wanted):
-                    self._give_pages(slot, n)
+                    self.cache.give(slot, n)
                 return
             if self.busy == 1:                                              # the cache is all its own: it ends here
                 self.done[0] = True
@@ -461,11 +375,11 @@ class Sampler:
         waiting = sorted(limits, key=lambda i: (len(prompts[i]), -i))       # taken from the end: long ones first
         kept = {}                                                           # index -> tokens, logprobs so far
         yield from (Completion(i, [], "prompt_too_long") for i in range(len(prompts)) if i not in limits)
-        self.k, self.busy, self.index = None, 0, []
+        self.cache, self.busy, self.index = None, 0, []
         while waiting or self.busy:
             new, out_of_memory = {}, False
             try:
-                if self.k is None:
+                if self.cache is None:
                     self._allocate({i: prompts[i] for i in waiting}, limits, logprobs)
                 if not self.busy or waiting and len(self.made) - self.busy > len(self.made) // 16:
                     new = self._admit(waiting, prompts, kept)
@@ -487,7 +401,7 @@ class Sampler:
                     self._put_back(self.busy - 1, waiting, kept)
                 if self.slots == 1:
                     raise InputError("the GPU's memory does not do for one sequence; use a smaller model")
-                self.slots, self.prefill_tokens, self.k = self.slots // 2, self.prefill_tokens // 2, None
+                self.slots, self.prefill_tokens, self.cache = self.slots // 2, self.prefill_tokens // 2, None
                 print(f"sampler: out of GPU memory, going on with {self.slots} slots", file=sys.stderr)
             elif not self.busy:                                             # more than all of the cache
                 i = waiting.pop()

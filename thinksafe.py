@@ -1054,7 +1054,10 @@ class Decoder(nn.Module):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         copies = (1 + train) * sum(p.nbytes for p in self.parameters())
         can = torch.backends.mkldnn.is_available() and self.head.dtype in (torch.bfloat16, torch.float32)
-        if self.device.type != "cpu" or not can or copies > memory / 4:
+        if self.device.type != "cpu":
+            return
+        torch.empty(31 << 20, dtype=torch.uint8)     # from here on glibc keeps 62 MB of what is freed: 5 to 10% faster
+        if not can or copies > memory / 4:
             return
 
         def packed(weight, transposed):

@@ -45,37 +45,6 @@ def quantise(x):
     return (x / scale[..., None]).round().to(torch.int8), scale
 
 
-def groups(length):
-    """length (n,) in the parts that slot_attention takes together, each read as far as its longest sequence."""
-    return length.split(max(16, -(-len(length) // 4)))
-
-
-def slot_attention(length):
-    """-> attend(q, k, v): attention of one query token per sequence, for a CPU; sequence i lies in slot i -> (n, H, d).
-
-    length (n,) int, at least 1; q (n, H, d); k, v (slots, Hkv, capacity, d) of its dtype. Neighbours share a
-    product, so little is read beyond their ends where a caller keeps sequences of about one length together."""
-    masks = [torch.arange(int(part.max())) < part[:, None] for part in groups(length)]                 # (rows, reach) each
-    biases = {}                                                # 0, or -inf where a sequence has ended: (rows * Hkv, reach)
-
-    def attend(q, k, v):
-        # The G query heads of a kv head stand where one expects query positions: no copy of k and v per head.
-        heads, outs, start = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1]), [], 0         # (n, Hkv, G, d)
-        for i, mask in enumerate(masks):
-            rows, reach = mask.shape
-            at, start = slice(start, start + rows), start + rows
-            x, y, z = (t.flatten(0, 1) for t in (heads[at], k[at, :, :reach], v[at, :, :reach]))     # (rows * Hkv, ..., d)
-            if i not in biases:
-                biases[i] = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf")).repeat_interleave(k.shape[1], 0)
-            if q.dtype == torch.float32:
-                p = torch.baddbmm(biases[i][:, None], x, y.mT).softmax(-1)
-            else:                                              # in bf16 faster this way round
-                p = (torch.bmm(y, x.mT) + biases[i][..., None]).softmax(1).to(q.dtype).mT
-            outs.append(torch.bmm(p, z).view(heads[at].shape))
-        return torch.cat(outs).flatten(1, 2)
-    return attend
-
-
 def _plain(q, k, v, table, length, reach, k_scale, v_scale):
     """The definition: pages are gathered."""
     reach = min(reach, k.shape[1] * table.shape[1])

@@ -117,7 +117,7 @@ def bench(argv=None):
     p.add_argument("--requests", type=int, help="default: 256; 48 for a model on a CPU, 512 for the tiny world")
     p.add_argument("--prompt-tokens", type=int, help="longest prompt (default: 1024; 128 on a CPU)")
     p.add_argument("--new-tokens", type=int, help="longest output (default: 1024; 256 on a CPU)")
-    p.add_argument("--batch", type=int, nargs="+", help="batch sizes to try (default: all requests, and a quarter of them)")
+    p.add_argument("--batch", type=int, nargs="+", help="batch sizes to try (default: all requests, a half, a quarter)")
     p.add_argument("--rounds", type=int, default=2, help="runs of each, by turns")
     p.add_argument("--no-peer", action="store_true", help="ours alone")
     p.add_argument("--profile", metavar="FILE", help="also write a chrome trace of our decoding")
@@ -143,7 +143,7 @@ def bench(argv=None):
             from transformers import AutoModelForCausalLM
             peer = AutoModelForCausalLM.from_pretrained(str(model.folder), dtype=model.head.dtype).to(device).eval()
             peer.generation_config.eos_token_id = None
-        useful, rows, batches = sum(lengths), {}, args.batch or [n, max(1, n // 4)]
+        useful, rows, batches = sum(lengths), {}, args.batch or [n, max(1, n // 2), max(1, n // 4)]
         floor = floor_seconds(model, prompts, lengths)
         print(f"{args.shape or args.model} on {torch.cuda.get_device_name() if cuda else 'a CPU'}, {model.head.dtype}: {n} requests, "
               f"{sum(map(len, prompts)):,} tokens in, {useful:,} out; floor {useful / floor:,.0f} tokens/s", flush=True)

@@ -1,8 +1,11 @@
 """Attention over the cache: the Triton kernel (through the interpreter without a GPU), the plain definition, the CPU's own."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import kernels.decode_attention as da
+from kernels.cache import SlotCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -87,13 +90,22 @@ def test_chunks():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [1, 7, 70])
-def test_the_cpu_path(n, dtype):
-    q, k, v, table, length = (t.cpu() for t in make(n, 2, 3, 16, 90, 90, dtype))
-    want = truth(q, k, v, table, length)
-    slots = [x[table[:, 0].long()].transpose(1, 2).contiguous() for x in (k, v)]               # (n, Hkv, capacity, d)
+@pytest.mark.parametrize("n, heads, group, d, longest", [(1, 2, 3, 16, 90), (7, 1, 1, 24, 24), (70, 2, 2, 32, 200), (300, 1, 4, 8, 50)])
+def test_slots_of_a_cpu(n, heads, group, d, longest, dtype):
+    """What is written token by token, copied and overwritten in another slot is attended to, and nothing else."""
+    q, k, v, table, length = (t.cpu() for t in make(n, heads, group, d, longest, longest, dtype))
+    config = SimpleNamespace(num_hidden_layers=2, num_key_value_heads=heads, num_attention_heads=heads * group, head_dim=d)
+    cache = SlotCache(config, n + 1, longest, dtype)
+    slot = torch.arange(n).repeat_interleave(length)
+    position = torch.cat([torch.arange(x) for x in length])
+    write = cache.writer(slot, position)
+    write(0, *(torch.randn(2, len(slot), heads, d, dtype=dtype)))                     # of another layer
+    write(1, *(x[table[:, 0].long()][slot, position] for x in (k, v)))
+    cache.copy(0, n, longest)
+    cache.writer(torch.zeros(longest).long(), torch.arange(longest))(1, *torch.randn(2, longest, heads, d, dtype=dtype))
+    cache.move(n, 0, int(length[0]))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(da.slot_attention(length)(q, *slots).double(), want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(cache.attention(length)(1, q).double(), truth(q, k, v, table, length), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.gpu

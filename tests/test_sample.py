@@ -157,7 +157,7 @@ def test_pages_change_nothing(tiny, page, pages, window):
     sampler._put_back = lambda *args: back.append(args[0]) or put_back(sampler, *args)
     assert completions(tiny, 6, sampler=sampler) == completions(tiny, 64)
     assert bool(back) == (pages is not None)
-    assert sorted(sampler.free) == list(range(1, sampler.k.shape[1]))       # every page came back
+    assert sorted(sampler.cache.free) == list(range(1, sampler.cache.k.shape[1]))       # every page came back
 
 
 def test_a_request_larger_than_the_whole_cache(tiny):
