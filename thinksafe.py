@@ -1051,12 +1051,12 @@ class Decoder(nn.Module):
         """On a CPU, keep each frozen linear weight once more in the order that oneDNN wants, for training twice: 1.5 to 3 times
         the speed of F.linear. Weights that change later go unpacked again. Not where the copies would take more than a quarter of
         the machine's memory."""
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        copies = (1 + train) * sum(p.nbytes for p in self.parameters())
-        can = torch.backends.mkldnn.is_available() and self.head.dtype in (torch.bfloat16, torch.float32)
         if self.device.type != "cpu":
             return
         torch.empty(31 << 20, dtype=torch.uint8)     # from here on glibc keeps 62 MB of what is freed: 5 to 10% faster
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        copies = (1 + train) * sum(p.nbytes for p in self.parameters())
+        can = torch.backends.mkldnn.is_available() and self.head.dtype in (torch.bfloat16, torch.float32)
         if not can or copies > memory / 4:
             return
 

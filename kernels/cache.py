@@ -49,7 +49,8 @@ class SlotCache:
         return write
 
     def attention(self, length, reach=None):
-        """-> attend(layer, q): attention of the first slots, of length (n,) >= 1; q (n, H, d) -> (n, H, d)."""
+        """-> attend(layer, q): attention of the first slots, of length (n,) >= 1; q (n, H, d) -> (n, H, d).
+        reach is for the pages of a GPU; here each part reads as far as its longest sequence."""
         d, parts = self.d, []
         for slots in length.argsort(descending=True).split(max(32, len(length) // 8)):     # of about one length: little padding
             blocks = -(-int(length[slots[0]]) // d)
