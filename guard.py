@@ -235,7 +235,7 @@ class Guard:
                 at.append(start + len(texts[-1]))
         tokens, cu = pack_ids(texts, self.model.device)
         self.cost.update(guard_tokens=len(tokens), flops=flops(self.model, map(len, texts), len(at)))
-        logits = self.model.logits(self.model(tokens, cu)[torch.tensor(at, device=tokens.device)])
+        logits = self.model.logits(self.model(tokens, cu, at=torch.tensor(at, device=tokens.device)))
         logits = logits.unflatten(0, (len(texts), -1))                                                  # (B, leads, V)
         said, finite = logits.argmax(-1), logits.isfinite().all(-1).all(-1)
         safe, unsafe = (logits[:, -1, words].logsumexp(-1) for words in (self.safe, self.unsafe))

@@ -244,7 +244,7 @@ class Sampler:
             def attend(layer, q, k, v):
                 write(layer, k, v)
                 return attention(layer, q, k, v)
-            self.hidden[new] = self.model(tokens, positions=positions, attend=attend)[cu[1:] - 1]
+            self.hidden[new] = self.model(tokens, positions=positions, attend=attend, at=cu[1:] - 1)
         for slot, source in copied.items():
             self.cache.copy(source, slot, int(self.prompt_length[slot]))
             self.hidden[slot] = self.hidden[source]

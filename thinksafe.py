@@ -988,8 +988,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def forward(self, x, cos, sin, attend, at=slice(None)):
+        """x (T, D) -> (T, D), or that of the tokens `at` alone."""
+        x = (x + self.self_attn(self.input_layernorm(x), cos, sin, attend))[at]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -1023,10 +1024,11 @@ class Decoder(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
-    def forward(self, tokens, cu_seqlens=None, *, positions=None, attend=None):
+    def forward(self, tokens, cu_seqlens=None, *, positions=None, attend=None, at=slice(None)):
         """tokens (T,) int, cu_seqlens (B+1,) int -> hidden (T, D), normed, ready for `logits`.
 
-        With a KV cache the caller gives `positions` (T,) and its own `attend(layer, q, k, v)` instead of cu_seqlens."""
+        With a KV cache the caller gives `positions` (T,) and its own `attend(layer, q, k, v)` instead of cu_seqlens.
+        at: indices (n,) of the tokens whose hidden is wanted, (n, D); the last layer's MLP is spared the others."""
         if attend is None:
             cu = cu_seqlens.to(self.device)
             positions = torch.arange(len(tokens), device=self.device) - cu[:-1].repeat_interleave(cu.diff())
@@ -1037,10 +1039,11 @@ class Decoder(nn.Module):
         angle = positions[:, None, None].float() * self.inv_freq                     # (T, 1, d/2)
         cos, sin = angle.cos().repeat(1, 1, 2).to(x.dtype), torch.cat((-angle.sin(), angle.sin()), -1).to(x.dtype)
         for i, layer in enumerate(self.layers):
+            wanted = at if i == len(self.layers) - 1 else slice(None)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, functools.partial(attend, i), use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, functools.partial(attend, i), wanted, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, functools.partial(attend, i))
+                x = layer(x, cos, sin, functools.partial(attend, i), wanted)
         return self.norm(x)
 
     def logits(self, hidden):

@@ -7,9 +7,10 @@ The sampler against `transformers.generate` in the same run, on requests of rand
     python sample.py --bench --profile trace.json             # and a trace of our decoding
 
 On a GPU the workload is that of nano-vllm's bench.py (seed 0, 256 requests, prompts and outputs of 100 to 1,024
-tokens), on a CPU a smaller one of its kind. Every request has its own output length, as if it had stopped there, so
-generate, which ends with the longest of a batch, is counted by the same useful tokens. Each is run at several batch
-sizes, ours and theirs by turns, and its best one counts. The floor is weights and cache read once per step.
+tokens), on a CPU a smaller one of its kind, for the tiny world with as many requests as it has prompts. Every request
+has its own output length, as if it had stopped there, so generate, which ends with the longest of a batch, is counted
+by the same useful tokens. Each is run at several batch sizes, ours and theirs by turns, generate also with its static
+cache, and the best one counts. The floor is weights and cache read once per step.
 """
 import argparse
 import functools
@@ -114,10 +115,10 @@ def bench(argv=None):
     p = argparse.ArgumentParser("sample.py --bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="tiny", help="folder or hub name")
     p.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
-    p.add_argument("--requests", type=int, help="default: 256; 48 for a model on a CPU, 512 for the tiny world")
+    p.add_argument("--requests", type=int, help="default: 256; 48 for a model on a CPU, 1200 for the tiny world")
     p.add_argument("--prompt-tokens", type=int, help="longest prompt (default: 1024; 128 on a CPU)")
     p.add_argument("--new-tokens", type=int, help="longest output (default: 1024; 256 on a CPU)")
-    p.add_argument("--batch", type=int, nargs="+", help="batch sizes to try (default: all requests, a half, a quarter)")
+    p.add_argument("--batch", type=int, nargs="+", help="batch sizes to try (default: all requests, and a quarter)")
     p.add_argument("--rounds", type=int, default=2, help="runs of each, by turns")
     p.add_argument("--no-peer", action="store_true", help="ours alone")
     p.add_argument("--profile", metavar="FILE", help="also write a chrome trace of our decoding")
@@ -134,7 +135,7 @@ def bench(argv=None):
         name = folder if args.shape else model_name(args.model)
         model, tokenizer = load_decoder(name, device, pick_dtype(args))
         tiny = is_tiny(model.folder)
-        n = args.requests or (256 if cuda else 512 if tiny else 48)
+        n = args.requests or (256 if cuda else 1200 if tiny else 48)
         prompts, lengths = requests(n, args.prompt_tokens or (1024 if cuda else 128), args.new_tokens or (1024 if cuda else 256),
                                     len(tokenizer))
         model.eos_ids = frozenset()                                            # lengths are given
@@ -143,7 +144,7 @@ def bench(argv=None):
             from transformers import AutoModelForCausalLM
             peer = AutoModelForCausalLM.from_pretrained(str(model.folder), dtype=model.head.dtype).to(device).eval()
             peer.generation_config.eos_token_id = None
-        useful, rows, batches = sum(lengths), {}, args.batch or [n, max(1, n // 2), max(1, n // 4)]
+        useful, rows, batches = sum(lengths), {}, args.batch or [n, max(1, n // 4)]
         floor = floor_seconds(model, prompts, lengths)
         print(f"{args.shape or args.model} on {torch.cuda.get_device_name() if cuda else 'a CPU'}, {model.head.dtype}: {n} requests, "
               f"{sum(map(len, prompts)):,} tokens in, {useful:,} out; floor {useful / floor:,.0f} tokens/s", flush=True)
@@ -155,10 +156,10 @@ def bench(argv=None):
         if cuda:
             methods["ours, 8-bit cache", n] = ours, (n, 8)
         if peer:
-            methods |= {("transformers", b): (generate_padded, (peer, prompts, lengths, b)) for b in batches}
-            if cuda:
-                methods["transformers, static cache", n] = functools.partial(generate_padded, cache_implementation="static"), (
-                    peer, prompts, lengths, n)
+            static = functools.partial(generate_padded, cache_implementation="static")
+            for b in batches:
+                methods["transformers", b] = generate_padded, (peer, prompts, lengths, b)
+                methods["transformers, static cache", b] = static, (peer, prompts, lengths, b)
         for turn in range(args.rounds):
             for key, (method, arguments) in methods.items():
                 if turn and rows[key]["tokens/s"][0] is None:

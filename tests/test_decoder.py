@@ -72,6 +72,21 @@ def test_gpu_samples_what_the_cpu_samples(tiny):
     assert sum(runs[0][i] == runs[1][i] for i in range(40)) >= 36
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_hidden_of_some_tokens(recompute):
+    """The last layer's MLP of those alone: same hidden, and gradients of a loss on them."""
+    model, _ = load_decoder("tiny", "cpu", torch.float32)
+    model.recompute, weight, results = recompute, model.layers[0].self_attn.k_proj.weight.requires_grad_(), []
+    docs, cu = documents()
+    tokens, at = torch.cat(docs) % 1024, torch.tensor([5, 0, len(docs[0]) + 1])
+    for hidden in (model(tokens, cu)[at], model(tokens, cu, at=at)):
+        weight.grad = None
+        hidden.square().mean().backward()
+        results.append((hidden.detach(), weight.grad))
+    for got, want in zip(results[1], results[0]):
+        assert relative(got, want) < 1e-5
+
+
 def test_old_rope_scaling_form(folders, tmp_path):
     """config.json of transformers 4 says rope_theta and rope_scaling; ours gives the same frequencies."""
     hf, folder = folders("llama3_rope")
