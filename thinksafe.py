@@ -1580,7 +1580,8 @@ def flops(model, lengths, logits, train=False):
     adapters A, the head V D. In each layer a token's scores and values with the t tokens up to itself are 4 H d t, so
     2 H d n (n + 1) for a document of n. train: with the backward pass, which has a product for the inputs and one for the
     weights to each of the forward pass, so 6 N in all; frozen weights need no gradient: LoRA's base has 4 N, its adapters 6 A.
-    Norms, softmax and lookups are not counted, nor is what is computed once more to save memory.
+    Norms, softmax and lookups are not counted, nor is what is computed once more to save memory; the last layer's MLP is, for
+    all tokens, also where a pass over a prompt or a guard's question is spared most of it.
     To sample g tokens behind a prompt of p is a pass over p + g - 1 with g logits: the cache holds what was seen."""
     c, lengths = model.config, list(lengths)
     linear = c.num_hidden_layers * c.hidden_size * (2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
