@@ -1,529 +1,473 @@
 """
 Prompts -> the student's own traces, out/samples.jsonl.
 
-    python sample.py                                   # the tiny world on a CPU, Qwen3-0.6B on a GPU
+    python sample.py                                # the tiny world on a CPU, Qwen3-0.6B on a GPU
     python sample.py --model Qwen/Qwen3-0.6B --prompts safechain --out runs/mine
-    python sample.py --prompts strongreject.csv --label vanilla_harmful    # a file without a column of labels
-    python sample.py --steer none --n 5                # no instruction: the material of rejection sampling
-    python sample.py --retries 3                       # after guard.py: once more for prompts without a kept trace
-    python sample.py --shard 2/4                       # a quarter of the prompts; three more processes do the others
+    python sample.py --prompts strongreject.csv --label vanilla_harmful   # a file without labels
+    python sample.py --steer none --n 5             # no instruction: for rejection sampling
+    python sample.py --shard 2/4 --out out/shard-2  # a quarter of the prompts
 
-Harmful prompts are asked under a refusal instruction (--steer), benign ones plainly. A row is written
-when its trace is finished; a run that was stopped goes on where it was.
-
-As a library: `Sampler(model, tokenizer, slots=64).generate(list_of_ids, ...)` yields a Completion for
-each prompt, in order of finishing.
+Harmful prompts are asked under a refusal instruction (--steer), benign prompts plainly. A row is
+written as soon as its trace is finished. A run that was stopped goes on where it was.
 """
-import hashlib
+import argparse
 import json
 import math
 import sys
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from data import VERSIONS, label_counts, prompt_rows
-from kernels.cache import PagedCache, SlotCache
+from data.chat import decode_response, encode_prompt, template_hash
+from data.rows import TRACE_KEYS, RowWriter, content_id
+from data.run_record import Stage
+from data.sources import VERSIONS, label_counts, prompt_rows
 from thinksafe import (
-    LABELS,
-    STEER,
-    TINY,
-    InputError,
-    RowWriter,
-    Stage,
-    add_shard_flag,
-    check_trace,
-    cli,
-    content_id,
-    count,
-    decode_response,
-    encode_prompt,
-    generation_defaults,
-    is_harmful,
-    is_tiny,
-    load_decoder,
-    model_name,
-    owns,
-    pack_ids,
-    packed_attention,
-    parser,
-    pick_dtype,
-    pinned,
-    progress,
-    read_run,
-    read_shards,
-    row_key,
-    sampling_cost,
-    seed_value,
-    split_packs,
-    steered,
-    template_hash,
-)
+    LABELS, REFUSAL_INSTRUCTIONS, TINY, InputError, add_refusal_instruction, choose_dtype, cli,
+    generation_defaults, is_harmful, is_tiny, load_model, make_parser, pack_ids, packed_attention,
+    positive, progress, seed_value, split_packs, trace_key)
 
+from kv_cache import ContiguousKVCache, PagedKVCache
+from sample_tokens import NOT_FINITE, NOT_FOUND, sample_tokens, uniforms
 
 class Completion(NamedTuple):
-    index: int                        # of the prompt
-    tokens: list                      # sampled token ids, the closing eos included
-    finish_reason: str                # "stop" (eos), "length" (budget, context or memory spent), "prompt_too_long"
-    logprobs: list | None = None      # of each token under softmax(logits / temperature), if asked for
+    index: int                       # of the prompt
+    tokens: list                     # sampled ids, the closing eos included
+    finish_reason: str               # "stop" (eos), "prompt_too_long", or "length": the token
+                                     # limit, the model's context or the cache is used up
+    logprobs: list | None            # of the tokens, under softmax(logits / temperature)
 
+@dataclass(eq=False)
+class Sequence:
+    index: int                       # of the prompt
+    prompt: tuple                    # token ids
+    max_tokens: int                  # to sample
+    key: str                         # names the random stream
+    u: torch.Tensor | None = None    # the stream: a number in [0, 1) for each token
+    tokens: list = field(default_factory=list)       # sampled up to now
+    logprobs: list = field(default_factory=list)
 
-NOT_FINITE, NOT_FOUND = -1, -2        # in place of a token
-
-
-def _place(p, u):
-    """Where the running sum of p (n, k) fp64, scaled to end in 1, passes u (n,) -> place (n,), and u's share of that step.
-
-    The sum ends in exactly 1 and u < 1, so the place is never one whose p is 0."""
-    cdf = p.cumsum(-1)
-    cdf = cdf / cdf[:, -1:]
-    place = torch.searchsorted(cdf, u[:, None], right=True).clamp(max=p.shape[-1] - 1)       # nan: k
-    high, step = cdf.gather(-1, place)[:, 0], (p / p.sum(-1, keepdim=True)).gather(-1, place)[:, 0]
-    return place[:, 0], (1 - (high - u) / step).clamp(0, 1 - 2**-53)
-
-
-def _topk(x, k):
-    """torch.topk over rows of many thousands: the k best lie in the k blocks of 64 with the best maxima."""
-    n, V = x.shape
-    if V % 64 or V < 64 * 4 * k:
-        return x.topk(k)
-    blocks = x.view(n, -1, 64)
-    place = blocks.amax(-1).topk(k).indices                                                   # (n, k)
-    best, i = blocks.gather(1, place[..., None].expand(-1, -1, 64)).flatten(1).topk(k)
-    return best, 64 * place.gather(1, i // 64) + i % 64
-
-
-def pick_tokens(logits, u, temperature, top_p, top_k, most=1024):
-    """One token per row by inverting the distribution function at the row's own uniform number.
-
-    logits (n, V) fp32, u (n,) fp64 in [0, 1) -> (n,) int64. Filters in the order of transformers: temperature,
-    top_k (0 for all), then the smallest set of most likely tokens whose probability reaches top_p. The
-    vocabulary is never sorted: with top_k 0 that set is looked for among the `most` likely tokens, and a row
-    whose set is larger is NOT_FOUND (most=V finds all). A row with nan or inf is NOT_FINITE."""
-    if temperature == 0:
-        best, token = logits.max(-1)
-        return token.where(best.isfinite(), NOT_FINITE)
-    if top_k == 0 and top_p >= 1:                              # by blocks of 256: few sums in fp64
-        p = F.pad((logits / temperature).softmax(-1), (0, -logits.shape[-1] % 256)).unflatten(-1, (-1, 256))
-        mass = p.sum(-1, dtype=torch.float64)
-        block, rest = _place(mass, u)
-        token = 256 * block + _place(p[torch.arange(len(p), device=p.device), block].double(), rest)[0]
-        return token.where(mass.sum(-1).isfinite(), NOT_FINITE)
-    best, ids = _topk(logits, min(top_k or most, logits.shape[-1]))                           # (n, k), falling
-    p = ((best - best[:, :1]) / temperature).exp().double()
-    total = p.sum(-1) if top_k else ((logits - best[:, :1]) / temperature).exp().sum(-1, dtype=torch.float64)
-    before = p.cumsum(-1) - p
-    found = before[:, -1] + p[:, -1] >= top_p * total if ids.shape[-1] < logits.shape[-1] else torch.ones_like(u).bool()
-    p = p.where(before < top_p * total[:, None], 0)            # what came before had not reached top_p yet
-    token = ids.gather(-1, _place(p, u)[0][:, None])[:, 0]
-    return token.where(found, NOT_FOUND).where(best[:, 0].isfinite(), NOT_FINITE)
-
-
-def uniforms(seed, key, n):
-    """The row's own stream of n fp64 numbers in [0, 1): it depends on seed and key, not on the batch."""
-    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-    return torch.rand(n, generator=torch.Generator().manual_seed(int.from_bytes(digest) >> 1), dtype=torch.float64)
-
+    def __len__(self):
+        return len(self.prompt) + len(self.tokens)
 
 class Sampler:
     """Batched generation over a preallocated key-value cache with continuous refill.
 
-    Sequences live in slots. The first `busy` slots are at work; when one is finished the last of them moves into
-    its place, so that all work is on contiguous slices. A step samples one token for each slot and reads nothing
-    back; every `window` steps finished slots are emptied and, when enough of them are, filled again.
+    The i-th running sequence has slot i of the cache. A step samples one token for each of them and
+    reads nothing back. After a window of steps the tokens are read back, finished sequences leave,
+    and waiting ones come in if enough slots are free.
 
-    On a GPU the cache is in pages of `page` tokens (kernels/cache.py): a sequence holds what it needs, and where no page
-    is left the one with the fewest tokens is put back, to go on later from what it has. A step is a CUDA graph, one for
-    each bucket of slots and of reach.
+    On a GPU the cache is in blocks of `block_size` tokens (kernels/kv_cache.py). Where no block is
+    left, the sequence with the fewest sampled tokens is preempted: it goes on later from what it
+    has. A step is a CUDA graph, one for each bucket of slots and of context lengths.
 
-    kv_bits: 16 (the model's dtype) or 8. pages: most pages to hold (default: what fits the GPU's free memory)."""
+    kv_bits: 16 (the model's dtype) or 8. num_blocks: the largest number of blocks (default: what
+    fits the GPU's free memory). tokenizer: not used, for callers that are handed a Sampler."""
 
-    def __init__(self, model, tokenizer, slots=64, kv_bits=16, page=None, pages=None, window=None):
-        self.model, self.tokenizer, self.slots, self.kv_bits = model, tokenizer, slots, kv_bits     # tokenizer: for callers
+    def __init__(self, model, tokenizer, max_num_seqs=64, kv_bits=16, block_size=None,
+                 num_blocks=None, window=None):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_num_seqs, self.kv_bits, self.num_blocks = max_num_seqs, kv_bits, num_blocks
         self.cuda = model.device.type == "cuda"
-        self.page, self.most_pages = page or (64 if self.cuda else None), pages
+        self.block_size = block_size or (64 if self.cuda else None)      # None: a contiguous cache
         self.window = window or (16 if self.cuda else 1)
-        self.prefill_tokens = 16384 if self.cuda else 4096     # in one pass, at most
-        model.pack()
+        self.prefill_tokens = 16384 if self.cuda else 4096               # in one pass, at most
+        model.prepack_weights()
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, temperature=0.6, top_p=0.95, top_k=20, seed=0,
+                 keys=None, logprobs=False):
+        """Yield a Completion for each prompt (a list of token ids), in order of finishing.
+
+        max_new_tokens: a number, or a list of one for each prompt. keys: for each prompt a string
+        that names the random stream (default: the index). With the same seed and key a prompt gets
+        the same draws in any batch and order. logprobs: return the tokens' log-probabilities too.
+        When the GPU's memory runs out this goes on with half as many slots, and says so. Raises
+        InputError when logits are not finite, or the memory does not do for one slot."""
+        self.options, self.seed, self.with_logprobs = (temperature, top_p, top_k), seed, logprobs
+        self.eos = torch.tensor(sorted(self.model.eos_ids), dtype=torch.long,
+                                device=self.model.device)
+        self.cache, self.waiting, self.running, finished = None, [], [], []
+        for i, prompt in enumerate(prompts):
+            limit = max_new_tokens[i] if isinstance(max_new_tokens, list) else max_new_tokens
+            room = self.model.config.max_position_embeddings - len(prompt)
+            seq = Sequence(i, tuple(prompt), min(limit, room), keys[i] if keys else str(i))
+            (self.waiting if prompt and room > 0 else finished).append(seq)
+        self.waiting.sort(key=lambda seq: (len(seq), -seq.index))        # the last one runs first
+        while True:
+            for seq in finished:
+                reason = "length" if seq.tokens else "prompt_too_long"
+                reason = "stop" if set(seq.tokens[-1:]) & self.model.eos_ids else reason
+                yield Completion(seq.index, seq.tokens, reason, seq.logprobs if logprobs else None)
+            if not self.waiting and not self.running:
+                return
+            finished = None
+            try:
+                finished = self._advance()
+            except torch.OutOfMemoryError:
+                pass                         # after this handler the tensors of the pass are gone
+            if finished is None:
+                if self.max_num_seqs == 1:
+                    raise InputError("the GPU's memory does not do for one sequence; use a "
+                                     "smaller model")
+                self.waiting += reversed(self.running)
+                self.cache, self.running, finished = None, [], []
+                self.max_num_seqs //= 2
+                self.prefill_tokens //= 2
+                print(f"sampler: out of GPU memory, going on with {self.max_num_seqs} slots",
+                      file=sys.stderr)
+
+    def _advance(self):
+        """Prefill what there is room for, else decode a window -> the finished sequences."""
+        if self.cache is None:
+            self._allocate()
+        batch = self._schedule_prefill()
+        if batch:
+            self._prefill(batch)
+        elif self.running:
+            self._allocate_blocks()
+            self._decode()
+        else:                                # the next one needs more than the whole cache
+            return [self.waiting.pop()]
+        finished = [slot for slot, seq in enumerate(self.running)
+                    if len(seq.tokens) == seq.max_tokens or seq.tokens[-1] in self.model.eos_ids]
+        return [self._free_slot(slot) for slot in reversed(finished)]    # the last one moves down
 
     # ---- memory
 
-    def _allocate(self, prompts, limits, logprobs):
-        """The cache and the state of each slot, for prompts {index: ids} and the most tokens to sample for each."""
-        c, device, dtype, slots = self.model.config, self.model.device, self.model.head.dtype, self.slots
-        longest, budget = max(len(p) + limits[i] for i, p in prompts.items()), max(limits.values())
-        self.cache, self.graphs, self.graph_pool = None, {}, None
-        if self.page:
-            most, int8 = self._pages_needed(longest), self.kv_bits == 8
-            pages = slots * most + 1                                               # page 0 is for slots without a sequence
+    def _allocate(self):
+        """Allocate the cache for the sequences that wait, and what the steps of a window share."""
+        c, n, device = self.model.config, self.max_num_seqs, self.model.device
+        dtype, int8 = self.model.head.dtype, self.kv_bits == 8
+        max_context_len = max(len(seq.prompt) + seq.max_tokens for seq in self.waiting)
+        self.graphs, self.graph_pool = {}, None
+        if self.block_size:
+            max_blocks = self._blocks_for(max_context_len)
+            num_blocks = n * max_blocks + 1                    # block 0 is for empty slots
             if self.cuda:
-                pages = min(pages, self._free_memory(prompts) // PagedCache.page_bytes(c, self.page, dtype, int8))
-                if pages < 2:
-                    raise torch.OutOfMemoryError
-            self.cache = PagedCache(c, slots, most, dtype, device, min(pages, self.most_pages or pages), self.page, int8)
+                block_bytes = PagedKVCache.block_bytes(c, self.block_size, dtype, int8)
+                num_blocks = min(num_blocks, self._bytes_for_cache() // block_bytes)
+            num_blocks = min(num_blocks, self.num_blocks or num_blocks)
+            if num_blocks < 2:
+                raise torch.OutOfMemoryError
+            self.usable_blocks = num_blocks - 1
+            self.cache = PagedKVCache(c, n, max_blocks, dtype, device, num_blocks,
+                                      self.block_size, int8)
         else:
-            self.cache = SlotCache(c, slots, longest, dtype)
-        self.rows = torch.arange(slots, device=device)
-        self.prompt_length = torch.ones(slots, device=device, dtype=torch.long)
-        self.made = torch.zeros_like(self.prompt_length)                           # sampled tokens
-        self.limit = torch.zeros_like(self.made)                                   # most tokens to sample
-        self.done = torch.ones(slots, device=device, dtype=torch.bool)             # finished, or empty
-        self.picked = torch.zeros_like(self.made)                                  # what pick_tokens said last
-        self.tokens = torch.zeros(slots, budget + 1, device=device, dtype=torch.long)
-        self.u = torch.zeros(slots, budget + 1, device=device, dtype=torch.float64)
-        self.hidden = torch.zeros(slots, c.hidden_size, device=device, dtype=dtype)      # of the prompt's last token
-        self.logprobs = torch.zeros(slots, budget + 1, device=device) if logprobs else None
-        self.index, self.busy = [], 0                                              # prompt of each busy slot
+            self.cache = ContiguousKVCache(c, n, max_context_len, dtype)
+        self.rows = torch.arange(n, device=device)
+        # Of each slot: tokens before the window, tokens to sample in it, tokens sampled in it, and
+        # what sample_tokens returned last. A CUDA graph reads and writes these very tensors.
+        self.state = torch.zeros(4, n, device=device, dtype=torch.long)
+        self.context_lens, self.max_new, self.num_new, self.last_draw = self.state        # views
+        # Columns: the token before the window, the window, a draw that does not count any more.
+        self.tokens = torch.zeros(n, self.window + 2, device=device, dtype=torch.long)
+        self.u = torch.zeros(n, self.window + 1, device=device, dtype=torch.float64)
+        self.logprobs = torch.zeros(n, self.window + 1, device=device)
 
-    def _free_memory(self, prompts):
-        """Bytes for the cache: what the GPU has left beside a prefill and a step as they were seen to need, both twice."""
+    def _bytes_for_cache(self):
+        """Return the bytes for the cache: what the GPU has left beside twice a prefill and step."""
         device = self.model.device
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        tokens, cu = pack_ids(split_packs(prompts.values(), len, self.prefill_tokens)[0], device)
+        prompts = [seq.prompt for seq in self.waiting]
+        tokens, cu = pack_ids(split_packs(prompts, len, self.prefill_tokens)[0], device)
         hidden = self.model(tokens, cu)
-        logits = self.model.logits(hidden[:1].expand(self.slots, -1))
-        pick_tokens(logits, torch.zeros(self.slots, device=device, dtype=torch.float64), *self.options)
-        need = torch.cuda.max_memory_allocated(device) - before
+        logits = self.model.logits(hidden[:1].expand(self.max_num_seqs, -1))
+        sample_tokens(logits, logits.new_zeros(len(logits), dtype=torch.float64), *self.options)
+        needed = torch.cuda.max_memory_allocated(device) - before
         del tokens, cu, hidden, logits
         torch.cuda.empty_cache()
-        return max(0, int(0.95 * torch.cuda.mem_get_info(device)[0] - 2 * need))
+        return max(0, int(0.95 * torch.cuda.mem_get_info(device)[0] - 2 * needed))
 
-    def _pages_needed(self, length):
-        """Pages for a sequence of that length and the window after it; none without paging."""
-        return -(-(length + self.window) // self.page) if self.page else 0
+    def _blocks_for(self, length):
+        """Return how many blocks hold a sequence of that length and the window after it."""
+        return math.ceil((length + self.window) / self.block_size) if self.block_size else 0
 
-    def _release(self, slot):
-        """Empty a slot: the last busy one moves in."""
-        self.busy = last = self.busy - 1
-        if slot != last:
-            self.cache.move(last, slot, int(self.prompt_length[last] + self.made[last]))
-            for x in (self.prompt_length, self.made, self.limit, self.done, self.tokens, self.u, self.hidden, self.logprobs):
-                if x is not None:
-                    x[slot] = x[last]
-            self.index[slot] = self.index[last]
-        self.index.pop()
-        self.done[last], self.made[last], self.prompt_length[last] = True, 0, 1        # what an empty slot computes is harmless
-        self.cache.empty(last)
+    def _allocate_blocks(self):
+        """Give each running sequence the blocks for a window. Where there are too few, the sequence
+        with the fewest sampled tokens is preempted."""
+        while self.block_size:
+            blocks = [self._blocks_for(len(seq)) for seq in self.running]
+            if sum(blocks) <= self.usable_blocks:
+                for slot, n in enumerate(blocks):
+                    self.cache.allocate(slot, n)
+                return
+            sampled = [len(seq.tokens) for seq in self.running]
+            if len(sampled) == 1:                              # it has the whole cache: it ends
+                self.running[0].max_tokens = sampled[0]
+                return
+            self.waiting.append(self._free_slot(sampled.index(min(sampled))))
 
-    # ---- one pass of the model
+    def _free_slot(self, slot):
+        """Free a slot, and move the last running sequence there -> the Sequence that was in it."""
+        seq, last = self.running[slot], self.running.pop()
+        if seq is not last:
+            self.cache.swap(len(self.running), slot, len(last))
+            self.running[slot] = last
+        self.cache.free(len(self.running))
+        return seq
 
-    def _prefill(self, prompts, kept, group, limits, draws):
-        """Fill the slots behind the busy ones with prompts {index: ids}, each followed by what was sampled for it before.
+    # ---- prefill
 
-        group[index] is the same for equal prompts; one that some slot has already run is copied from there.
-        limits[index]: most tokens to sample; draws(index): uniform numbers for them."""
-        known = {group[i]: slot for slot, i in enumerate(self.index) if i not in kept}
-        packed, copied = {}, {}                                # slot -> ids, slot -> slot
-        for slot, (i, ids) in enumerate(prompts.items(), self.busy):
-            made, logprobs = kept.get(i, ([], []))
-            self.cache.give(slot, self._pages_needed(len(ids) + len(made)))
-            if group[i] in known and not made:
-                copied[slot] = known[group[i]]
+    def _schedule_prefill(self):
+        """Take the waiting sequences that there is room for now -> list of Sequence."""
+        batch, tokens = [], 0
+        free_slots = self.max_num_seqs - len(self.running)
+        if self.running and free_slots <= self.max_num_seqs // 16:
+            return batch                                       # few at a time would be slow
+        free_blocks = len(self.cache.free_blocks) - len(self.running)    # each may want one soon
+        while self.waiting and len(batch) < free_slots:
+            tokens += len(self.waiting[-1])
+            free_blocks -= self._blocks_for(len(self.waiting[-1]))
+            if batch and tokens > self.prefill_tokens or self.block_size and free_blocks < 0:
+                break
+            batch.append(self.waiting.pop())
+        return batch
+
+    def _prefill(self, batch):
+        """Run a batch of sequences, equal ones once, in the slots behind the running ones."""
+        device, first = self.model.device, len(self.running)
+        self.running += batch
+        ids = [(*seq.prompt, *seq.tokens) for seq in batch]
+        for slot, seq in enumerate(batch, first):
+            self.cache.allocate(slot, self._blocks_for(len(seq)))
+            # A window looks at more numbers than there are tokens to sample.
+            seq.u = uniforms(self.seed, seq.key, seq.max_tokens + self.window)
+        self.cache.upload_block_table()
+        number = {x: i for i, x in enumerate(dict.fromkeys(ids))}      # of the document
+        owner = [number[x] for x in ids]                               # document of each slot
+        tokens, cu = pack_ids(number, device)                          # (T,), (B+1,)
+        places = torch.arange(len(tokens), device=device)
+        positions = places - cu[:-1].repeat_interleave(cu.diff())      # (T,)
+        parts = places.split(cu.diff().tolist())
+        source = torch.cat([parts[i] for i in owner])                  # (S,) what each slot stores
+        slots = torch.arange(first, first + len(ids), device=device)
+        slots = slots.repeat_interleave(cu.diff()[owner])              # (S,)
+        write, attention = self.cache.writer(slots, positions[source]), packed_attention(cu)
+
+        def attend(layer, q, k, v):
+            write(layer, k[source], v[source])
+            return attention(layer, q, k, v)
+        hidden = self.model(tokens, positions=positions, attend=attend, at=cu[1:] - 1)
+        self._begin_window(batch)
+        self._draw(hidden[owner])
+        self._end_window(batch)
+
+    # ---- decoding
+
+    def _begin_window(self, seqs):
+        """Tell the device what the steps of a window need to know of some sequences. The slots
+        behind them are empty: what they compute, from one token, is harmless."""
+        n, w = len(seqs), self.window
+        state = [[len(seq), min(w, seq.max_tokens - len(seq.tokens)), 0, 0] for seq in seqs]
+        state += [[1, 0, 0, 0]] * (self.max_num_seqs - n)
+        self.state.copy_(torch.tensor(state).T)
+        self.tokens[:n, 0] = torch.tensor([(seq.tokens or seq.prompt)[-1] for seq in seqs])
+        self.u[:n, :w] = torch.stack([seq.u[len(seq.tokens):][:w] for seq in seqs])
+
+    def _end_window(self, seqs):
+        """Read back what was sampled. Raises InputError if logits were not finite."""
+        _, _, num_new, last_draw = self.state[:, :len(seqs)].tolist()
+        if NOT_FINITE in last_draw:
+            raise InputError("the model's logits are nan or infinite on prompt "
+                             f"{seqs[last_draw.index(NOT_FINITE)].key}; its weights are damaged, "
+                             "or try --dtype float32")
+        for seq, n, tokens, logprobs in zip(seqs, num_new, self.tokens.tolist(),
+                                            self.logprobs.tolist()):
+            seq.tokens += tokens[1:n + 1]
+            seq.logprobs += logprobs[:n]
+
+    def _decode(self):
+        """Sample a window of tokens for all running sequences."""
+        # Few shapes, so few graphs, and on a CPU few plans of oneDNN: 1, 2, 4, 8 slots, multiples
+        # of 16, or all of them; context lengths up to 1024, 4096, 16384.
+        n = len(self.running)
+        n = min(1 << (n - 1).bit_length() if n <= 8 else 16 * math.ceil(n / 16), self.max_num_seqs)
+        max_context_len = max(map(len, self.running)) + self.window - 1
+        if self.cuda:                          # chunks beyond a sequence's end cost next to nothing
+            max_context_len = max(1024, 4 ** math.ceil(math.log(max_context_len, 4)))
+        self.cache.upload_block_table()
+        self._begin_window(self.running)
+        for _ in range(self.window):
+            if not self.cuda:
+                self._step(n, max_context_len)
+            elif (n, max_context_len) in self.graphs:
+                self.graphs[n, max_context_len].replay()
             else:
-                packed[slot] = ids + made
-                if not made:
-                    known[group[i]] = slot
-            self.prompt_length[slot], self.made[slot], self.limit[slot], self.done[slot] = len(ids), len(made), limits[i], False
-            self.u[slot, :limits[i]] = draws(i)
-            self.tokens[slot, :len(made)] = torch.tensor(made, dtype=torch.long)
-            if self.logprobs is not None:
-                self.logprobs[slot, :len(made)] = torch.tensor(logprobs)
-        self.cache.sync()
-        if packed:
-            tokens, cu = pack_ids(packed.values(), self.model.device)
-            lengths = cu.diff()
-            new = torch.tensor(list(packed), device=tokens.device)
-            slot, attention = new.repeat_interleave(lengths), packed_attention(cu)                  # slot (T,)
-            positions = torch.arange(len(tokens), device=tokens.device) - cu[:-1].repeat_interleave(lengths)
-            write = self.cache.writer(slot, positions)
+                self._step(n, max_context_len, defer=True)     # counts, and warms up the capture
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.graph_pool):
+                    self._step(n, max_context_len, defer=True)
+                self.graph_pool = self.graph_pool or graph.pool()
+                self.graphs[n, max_context_len] = graph
+        if self.cuda and (self.last_draw[:len(self.running)] == NOT_FOUND).any():      # seldom
+            self._step(n, max_context_len + 1)                 # one more than the window
+        self._end_window(self.running)
 
-            def attend(layer, q, k, v):
-                write(layer, k, v)
-                return attention(layer, q, k, v)
-            self.hidden[new] = self.model(tokens, positions=positions, attend=attend, at=cu[1:] - 1)
-        for slot, source in copied.items():
-            self.cache.copy(source, slot, int(self.prompt_length[slot]))
-            self.hidden[slot] = self.hidden[source]
-
-    def _step(self, n, reach, wait=False):
-        """One more token for the first n slots that are not done; no sequence is longer than reach."""
-        made, rows = self.made[:n], self.rows[:n]
-        position = self.prompt_length[:n] + made - 1           # of the last sampled token
-        write, attention = self.cache.writer(rows, position), self.cache.attention(position + 1, reach)
+    def _step(self, n, max_context_len, defer=False):
+        """Sample one more token for each of the first n slots that is not finished."""
+        num_new, rows = self.num_new[:n], self.rows[:n]
+        context_lens = self.context_lens[:n] + num_new         # the last sampled token included
+        write = self.cache.writer(rows, context_lens - 1)
+        attention = self.cache.attention(context_lens, max_context_len)
 
         def attend(layer, q, k, v):
             write(layer, k, v)
             return attention(layer, q)
-        self._draw(slice(0, n), self.model(self.tokens[rows, made - 1], positions=position, attend=attend), wait)
+        last_tokens = self.tokens[rows, num_new]               # (n,)
+        hidden = self.model(last_tokens, positions=context_lens - 1, attend=attend)
+        self._draw(hidden, defer)
 
-    def _draw(self, at, hidden, wait=False):
-        """Sample a token for each slot of a slice from its hidden state (n, D); one that is done stays as it is.
+    def _draw(self, hidden, defer=False):
+        """Sample a token for each of the first n slots, from hidden (n, D).
 
-        wait: without a look at the result, so that a row that is NOT_FOUND also stays as it is."""
-        logits, rows, made, done = self.model.logits(hidden), self.rows[at], self.made[at], self.done[at]
-        u = self.u[rows, made]
-        token = pick_tokens(logits, u, *self.options)
-        if not wait and (token == NOT_FOUND).any():
-            token = pick_tokens(logits, u, *self.options, most=logits.shape[-1])
-        self.picked[at] = token
-        going = (token >= 0) & ~done
-        ended = going & ((token[:, None] == self.eos).any(-1) | (made + 1 >= self.limit[at]))
-        self.tokens[rows, made] = token.where(going, self.tokens[rows, made])
-        if self.logprobs is not None:
+        defer: read nothing back. A slot whose draw is NOT_FOUND then waits for a step without."""
+        n = len(hidden)
+        rows, num_new, max_new = self.rows[:n], self.num_new[:n], self.max_new[:n]     # views
+        logits, u = self.model.logits(hidden), self.u[rows, num_new]             # (n, V), (n,)
+        token = sample_tokens(logits, u, *self.options)        # (n,)
+        if not defer and (token == NOT_FOUND).any():           # look at the whole vocabulary
+            token = sample_tokens(logits, u, *self.options, max_candidates=logits.shape[-1])
+        self.last_draw[:n] = token
+        self.tokens[rows, num_new + 1] = token                 # read only if num_new grows
+        if self.with_logprobs:
             scaled = logits / (self.options[0] or 1)
-            chosen = scaled.gather(-1, token.clamp(min=0)[:, None])[:, 0] - scaled.logsumexp(-1)
-            self.logprobs[rows, made] = chosen.where(going, self.logprobs[rows, made])
-        made += going                                          # views: these count in self.made, self.done
-        done |= ended
+            chosen = scaled.gather(-1, token.clamp(min=0)[:, None])[:, 0]
+            self.logprobs[rows, num_new] = chosen - scaled.logsumexp(-1)
+        num_new += (token >= 0) & (num_new < max_new)
+        is_eos = (token[:, None] == self.eos).any(-1)
+        max_new.copy_(num_new.where(is_eos, max_new))          # an eos ends the sequence
 
-    def _run(self):
-        """`window` steps for all busy slots."""
-        reach = int((self.prompt_length + self.made)[:self.busy].max()) + self.window - 1
-        self.cache.sync()
-        # Few shapes, so few graphs, and on a CPU few plans of oneDNN: 1, 2, 4, 8 slots, multiples of 16, all of them;
-        # a reach of 1024, 4096, 16384.
-        n = min(1 << (self.busy - 1).bit_length() if self.busy <= 8 else -(-self.busy // 16) * 16, len(self.made))
-        if not self.cuda:
-            for _ in range(self.window):
-                self._step(n, reach)
-            return
-        reach = max(1024, 4 ** math.ceil(math.log(reach, 4)))   # chunks beyond a sequence's end cost next to nothing
-        for _ in range(self.window):
-            if (n, reach) in self.graphs:
-                self.graphs[n, reach].replay()
-                continue
-            self._step(n, reach, wait=True)                    # a step like others, and the warm-up of the capture
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.graph_pool):
-                self._step(n, reach, wait=True)
-            self.graph_pool = self.graph_pool or graph.pool()
-            self.graphs[n, reach] = graph
-        if (self.picked[:self.busy] == NOT_FOUND).any():       # seldom: the whole vocabulary for those who wait
-            self._step(n, reach + 1)                           # one more than the window
+# --------------------------------------------------------------------------------------------------
+# What other stages use too
 
-    # ---- the loop
-
-    def _admit(self, waiting, prompts, kept):
-        """Take from waiting what there is room for -> {index: ids}."""
-        new, tokens, free = {}, 0, len(self.cache.free) - self.busy               # each busy slot may want a page soon
-        while waiting and self.busy + len(new) < len(self.made):
-            length = len(prompts[waiting[-1]]) + len(kept.get(waiting[-1], ([], []))[0])
-            tokens, free = tokens + length, free - self._pages_needed(length)
-            if new and tokens > self.prefill_tokens or self.page and free < 0:
-                break
-            i = waiting.pop()
-            new[i] = prompts[i]
-        return new
-
-    def _grow(self, waiting, kept):
-        """Pages for the next window of each busy slot; while they do not suffice the slot with the fewest tokens is put back."""
-        while self.page:
-            wanted = [self._pages_needed(n) for n in (self.prompt_length + self.made)[:self.busy].tolist()]
-            if sum(max(0, n - len(pages)) for n, pages in zip(wanted, self.cache.owned)) <= len(self.cache.free):
-                for slot, n in enumerate(wanted):
-                    self.cache.give(slot, n)
-                return
-            if self.busy == 1:                                              # the cache is all its own: it ends here
-                self.done[0] = True
-                return
-            self._put_back(int(self.made[:self.busy].argmin()), waiting, kept)
-
-    def _put_back(self, slot, waiting, kept):
-        """A sequence leaves its slot, to go on later from the tokens it has."""
-        index, (tokens, logprobs) = self.index[slot], self._sampled(slot)
-        kept[index] = tokens, logprobs or []
-        waiting.append(index)
-        self._release(slot)
-
-    def _sampled(self, slot):
-        """-> its tokens, and their log-probabilities or None."""
-        made = int(self.made[slot])
-        return self.tokens[slot, :made].tolist(), None if self.logprobs is None else self.logprobs[slot, :made].tolist()
-
-    def _finished(self, keys):
-        """Completions of the slots that are done, which are emptied."""
-        bad = (self.picked[:self.busy] == NOT_FINITE).nonzero()
-        if len(bad):
-            raise InputError(f"the model's logits are nan or infinite on prompt {keys[self.index[bad[0]]]}; "
-                             "its weights are damaged, or try --dtype float32")
-        for slot in reversed(self.done[:self.busy].nonzero().flatten().tolist()):      # a release moves the last one down
-            tokens, logprobs = self._sampled(slot)
-            yield Completion(self.index[slot], tokens, "stop" if tokens[-1] in self.model.eos_ids else "length", logprobs)
-            self._release(slot)
-
-    @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, temperature=0.6, top_p=0.95, top_k=20, seed=0, keys=None, logprobs=False):
-        """Yield a Completion per prompt, in order of finishing.
-
-        prompts: lists of token ids; equal ones share a prefill where they can. max_new_tokens: a number, or one per prompt.
-        keys: one string per prompt that names its random stream (default: its index); with the same seed and key a prompt
-        gets the same draws in whatever batch and order it runs. logprobs: give those of the tokens too.
-        When the GPU's memory runs out this goes on with half as many slots, and says so.
-        Raises InputError when the model's logits are not finite, or the memory does not do for a single slot."""
-        self.options = temperature, top_p, top_k
-        self.eos = torch.tensor(sorted(self.model.eos_ids), dtype=torch.long, device=self.model.device)
-        context = self.model.config.max_position_embeddings
-        keys = keys or [str(i) for i in range(len(prompts))]
-        first = {}
-        group = [first.setdefault(tuple(p), i) for i, p in enumerate(prompts)]
-        most = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
-        limits = {i: min(most[i], context - len(p)) for i, p in enumerate(prompts) if 0 < len(p) < context}
-        waiting = sorted(limits, key=lambda i: (len(prompts[i]), -i))       # taken from the end: long ones first
-        kept = {}                                                           # index -> tokens, logprobs so far
-        yield from (Completion(i, [], "prompt_too_long") for i in range(len(prompts)) if i not in limits)
-        self.cache, self.busy, self.index = None, 0, []
-        while waiting or self.busy:
-            new, out_of_memory = {}, False
-            try:
-                if self.cache is None:
-                    self._allocate({i: prompts[i] for i in waiting}, limits, logprobs)
-                if not self.busy or waiting and len(self.made) - self.busy > len(self.made) // 16:
-                    new = self._admit(waiting, prompts, kept)
-                if new:
-                    self._prefill(new, kept, group, limits, lambda i: uniforms(seed, keys[i], limits[i]))
-                    at = slice(self.busy, self.busy + len(new))
-                    self._draw(at, self.hidden[at])
-                    self.busy, self.index = at.stop, self.index + list(new)
-                elif self.busy:
-                    self._grow(waiting, kept)
-                    self._run()
-            except torch.OutOfMemoryError:
-                out_of_memory = True                                        # outside of the handler its tensors are gone
-            if out_of_memory:
-                if self.busy:                                               # those that have ended before it
-                    yield from self._finished(keys)
-                waiting += reversed(new)
-                while self.busy:
-                    self._put_back(self.busy - 1, waiting, kept)
-                if self.slots == 1:
-                    raise InputError("the GPU's memory does not do for one sequence; use a smaller model")
-                self.slots, self.prefill_tokens, self.cache = self.slots // 2, self.prefill_tokens // 2, None
-                print(f"sampler: out of GPU memory, going on with {self.slots} slots", file=sys.stderr)
-            elif not self.busy:                                             # more than all of the cache
-                i = waiting.pop()
-                tokens, logs = kept.get(i, ([], []))
-                yield Completion(i, tokens, "length" if tokens else "prompt_too_long", logs if logprobs else None)
-            else:
-                yield from self._finished(keys)
-
-
-# ---------------------------------------------------------------------------------------------
-
+def sample_traces(model, tokenizer, rows, max_num_seqs, kv_bits=16, *, seed, **options):
+    """Yield the rows with their traces (n_prompt_tokens, response, finish_reason, n_tokens), in
+    order of finishing. rows: prompts with a sample number `k`, and a refusal instruction `steer`,
+    if any. The random draws belong to (seed, id, k). options: of `Sampler.generate`."""
+    prompts = [encode_prompt(tokenizer, add_refusal_instruction(
+        row["instruction"], row.get("steer", "none"))) for row in rows]
+    keys = [f"{row['id']}/{row['k']}" for row in rows]
+    sampler = Sampler(model, tokenizer, max_num_seqs, kv_bits)
+    for c in sampler.generate(prompts, seed=seed, keys=keys, **options):
+        yield {**rows[c.index], "n_prompt_tokens": len(prompts[c.index]),
+               "response": decode_response(tokenizer, c.tokens, model.eos_ids),
+               "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)}
 
 def sampling_options(args, model, earlier=None):
-    """{temperature, top_p, top_k, max_new_tokens}: the flag, else what an earlier stage used, else the model's
-    generation_config.json (without its max_new_tokens, a demo's length), else the paper's."""
-    paper = {"temperature": 0.6, "top_p": 0.95, "top_k": 20 if model.config.raw["model_type"] == "qwen3" else 0,
-             "max_new_tokens": 256 if is_tiny(model.folder) else 16384}
-    own = {k: v for k, v in generation_defaults(model.folder).items() if k != "max_new_tokens"}
-    options = {}
-    for name, default in paper.items():
-        options[name] = getattr(args, name)
-        if options[name] is None:
-            options[name] = (earlier or {}).get(name, own.get(name, default))
+    """Return {temperature, top_p, top_k, max_new_tokens}: the flag, else what an earlier stage
+    used, else that of generation_config.json (but for max_new_tokens, a demo's length there), else
+    the paper's. Raises InputError for a value that cannot be sampled with."""
+    options = {"temperature": 0.6, "top_p": 0.95,
+               "top_k": 20 if model.config.model_type == "qwen3" else 0,
+               "max_new_tokens": 256 if is_tiny(model.folder) else 16384}
+    defaults = {**generation_defaults(model.folder), "max_new_tokens": None}
+    for source in (defaults, earlier or {}, vars(args)):
+        options |= {key: source[key] for key in options if source.get(key) is not None}
     t, p, k, n = options.values()
-    if not (isinstance(t, int | float) and (t == 0 or 0.001 <= t <= 100) and isinstance(p, int | float) and 0 < p <= 1
-            and type(k) is int and k >= 0 and type(n) is int and n >= 1):
-        raise InputError(f"sampling with {options}: need temperature 0 or 0.001 to 100, top_p above 0 up to 1, top_k >= 0, "
-                         f"max_new_tokens >= 1 (flags, or {model.folder}/generation_config.json)")
+    numbers = all(isinstance(x, int | float) for x in (t, p)) and type(k) is int and type(n) is int
+    if not numbers or not ((t == 0 or 0.001 <= t <= 100) and 0 < p <= 1 and k >= 0 and n >= 1):
+        raise InputError(f"sampling with {options}: need temperature 0 or 0.001 to 100, top_p over "
+                         "0 up to 1, top_k >= 0, max_new_tokens >= 1 (flags, or "
+                         f"{model.folder}/generation_config.json)")
     return options
 
-
 def add_sampling_flags(p):
-    g = p.add_argument_group("sampling (default: what an earlier stage used, the model's generation_config.json, the paper's)")
-    g.add_argument("--temperature", type=float, help="0: always the most likely token; paper 0.6")
-    g.add_argument("--top-p", type=float, help="share of the probability that is drawn from; paper 0.95")
-    g.add_argument("--top-k", type=int, help="tokens that are drawn from, 0 for all; paper 20 (Qwen3), 0 (R1)")
-    g.add_argument("--max-new-tokens", type=count, help="longest trace, tokens; paper 16384, tiny world 256")
-    g.add_argument("--slots", type=count, default=64, help="sequences decoded at a time")
-    g.add_argument("--seed", type=seed_value, help="of the random draws (default: 0; later stages take over that of sample.py)")
+    g = p.add_argument_group("sampling (default: what an earlier stage used, else the model's "
+                             "generation_config.json, else the paper's)")
+    g.add_argument("--temperature", type=float, help="0: the most likely token; paper 0.6")
+    g.add_argument("--top-p", type=float, help="share of the probability drawn from; paper 0.95")
+    g.add_argument("--top-k", type=int, help="tokens drawn from, 0: all; paper 20 (Qwen3), 0 (R1)")
+    g.add_argument("--max-new-tokens", type=positive,
+                   help="longest trace, tokens; paper 16384, tiny world 256")
+    g.add_argument("--slots", type=positive, default=64, help="sequences decoded at a time")
+    g.add_argument("--seed", type=seed_value, help="of the random draws (default: 0; later stages "
+                   "take over that of sample.py)")
 
+def shard(text):
+    """An argparse type: "2/4" -> (2, 4), the second of four parts."""
+    i, n = map(int, text.split("/"))
+    if not 1 <= i <= n:
+        raise argparse.ArgumentTypeError(f"{text} is not one of 1/N, ..., N/N")
+    return i, n
 
-def rejected(guarded, prompts, done, most):
-    """[(prompt, number of its traces), ...] of the prompts that have fewer than `most` traces, all judged and none kept.
+def add_shard_flag(p):
+    p.machine.add_argument("--shard", type=shard, metavar="I/N",
+                           help="only the I-th of N parts of the prompts, in a folder of its own; "
+                           "then: python -m extras.merge OUT OUT/shard-*")
 
-    A prompt waits while the guard has not seen its last trace, so the same call again adds nothing. guarded: rows of guard.py;
-    done: {(id, k), ...} of all traces."""
-    kept, judged = {row["id"] for row in guarded if row["keep"]}, Counter(row["id"] for row in guarded)
-    traces = Counter(i for i, _ in done)
-    return [(row, k) for row in prompts if row["id"] not in kept and judged[row["id"]] == (k := traces[row["id"]]) < most]
+def owns(shard, prompt_id):
+    """Tell whether a prompt is in a shard (i, n), by a hash of its id. None has all prompts."""
+    return shard is None or int(content_id(prompt_id), 16) % shard[1] == shard[0] - 1
 
+# --------------------------------------------------------------------------------------------------
+# The stage
 
-def main():
-    if "--bench" in sys.argv:
-        from tests.bench_sample import bench
-        return bench([a for a in sys.argv[1:] if a != "--bench"])
-    p = parser(__doc__)
-    p.add_argument("--bench", action="store_true", help="time the sampler against transformers.generate (--bench --help)")
+def parse_args():
+    p = make_parser(__doc__)
     p.machine.add_argument("--kv-bits", type=int, choices=(16, 8), default=16,
                            help="8: the cache as int8, on a GPU; half the memory")
     g = p.add_argument_group("prompts and traces")
-    g.add_argument("--model", default="auto", help="student: auto, tiny, a Hugging Face folder, or a hub name")
-    g.add_argument("--prompts", help="safechain, eopsa, ...: a set of data.py; a .jsonl .json .csv .tsv .parquet file or URL; or "
-                   "owner/name[:config[:split]][@revision] on the hub (default: the tiny world's)")
-    g.add_argument("--label", choices=LABELS, help="what prompts are that have no label of their own")
-    g.add_argument("--steer", choices=STEER, default="default", help="wording of the refusal instruction on harmful prompts")
-    g.add_argument("--n", type=count, default=1, help="traces per prompt")
-    g.add_argument("--limit", type=count, help="only the first LIMIT prompts")
-    g.add_argument("--retries", type=count, metavar="N", help="after guard.py, which is to run again then: one more trace for "
-                   "each prompt of which none was kept, up to N. Prompts that are seldom answered safely weigh more by it, "
-                   "and of their kept traces more are the guard's mistakes")
+    g.add_argument("--model", default="auto",
+                   help="student: auto, tiny, a Hugging Face folder, or a hub name")
+    g.add_argument("--prompts", help="a set of data/sources.py, such as safechain; a .jsonl .json "
+                   ".csv .tsv .parquet file or URL; or owner/name[:config[:split]][@revision] on "
+                   "the hub (default: the tiny world's)")
+    g.add_argument("--label", choices=LABELS, help="of prompts that have no label of their own")
+    g.add_argument("--steer", choices=REFUSAL_INSTRUCTIONS, default="default",
+                   help="wording of the refusal instruction on harmful prompts")
+    g.add_argument("--n", type=positive, default=1, help="traces per prompt")
+    g.add_argument("--limit", type=positive, help="only the first LIMIT prompts")
     add_sampling_flags(p)
     add_shard_flag(p)
     args = p.parse_args()
     args.seed = args.seed or 0
     if args.kv_bits == 8 and torch.device(args.device).type != "cuda":
         raise InputError("--kv-bits 8 is for a GPU; on a CPU the cache is in the model's dtype")
+    return args
 
+def main():
+    args = parse_args()
     prompts = prompt_rows(args.prompts or TINY / "prompts.jsonl", args.label)[:args.limit]
-    name = model_name(args.model)
-    model, tokenizer = load_decoder(name, args.device, pick_dtype(args), args.quantize)
+    model, tokenizer = load_model(args.model, args.device, choose_dtype(args), args.quantize)
     options = sampling_options(args, model)
-    judge = read_run(args.out).get("guard", {})
-    if args.retries and not (judge.get("finished") and judge["arguments"]["keep"] == "safe"):
-        raise InputError(f"{args.out}: --retries goes by what guard.py kept; run it first, with --keep safe")
-    guarded = read_shards(args.out / "guarded.jsonl") if args.retries else []
-    stage = Stage("sample", args, {
-        "model": model.hash, "template": template_hash(tokenizer), "prompts": content_id(json.dumps(prompts)),
-        "steer": args.steer, "wording": STEER[args.steer], "n": args.n, "seed": args.seed, "dtype": str(model.head.dtype),
-        "kv_bits": args.kv_bits, **options}, "samples.jsonl", model=pinned(name, model), sources=VERSIONS)
+    stage = Stage("sample", args, "samples.jsonl", {
+        "model": model.hash, "template": template_hash(tokenizer),
+        "prompts": content_id(json.dumps(prompts)), "steer": args.steer,
+        "wording": REFUSAL_INSTRUCTIONS[args.steer], "n": args.n, "seed": args.seed,
+        "dtype": str(model.head.dtype), "kv_bits": args.kv_bits, "shard": args.shard, **options,
+    }, model=model.name, sources=VERSIONS)
+    prompts = [row for row in prompts if owns(args.shard, row["id"])]
     print(f"prompts: {label_counts(prompts)}")
-    if not args.prompts and not is_tiny(name):
+    if not args.prompts and not is_tiny(model.name):
         print("prompts: those of the tiny world; name yours with --prompts", file=sys.stderr)
-    writer = RowWriter(stage.path)
-    done = {row_key(row) for row in read_shards(args.out / "samples.jsonl", check_trace)}
-    missing = [(row, k) for row in prompts for k in range(args.n) if (row["id"], k) not in done]
-    if args.retries:
-        missing += rejected(guarded, prompts, done, args.n + args.retries)
-    todo = [(row, k) for row, k in missing if owns(args.shard, row["id"])]
-    steer = {label: args.steer if is_harmful(label) else "none" for label in LABELS}
-    ids = [encode_prompt(tokenizer, steered(row["instruction"], steer[row["prompt_label"]])) for row, _ in todo]
-    keys = [f"{row['id']}/{k}" for row, k in todo]
 
-    n_done = sum(owns(args.shard, i) for i, _ in done)
-    with progress("sample", n_done + len(todo), "trace", n_done) as advance:
-        for c in Sampler(model, tokenizer, args.slots, args.kv_bits).generate(ids, seed=args.seed, keys=keys, **options):
-            row, k = todo[c.index]
-            writer.write({**row, "response": decode_response(tokenizer, c.tokens, model.eos_ids), "k": k, "seed": args.seed,
-                          "steer": steer[row["prompt_label"]], "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)})
-            stage.spend(**sampling_cost(model, ids[c.index], c.tokens))
-            advance(tokens=len(c.tokens))
-    rows = stage.all_rows("samples.jsonl", len(done) + len(missing))
-    if rows is None:
-        return
-    counts, tokens = Counter(row["finish_reason"] for row in rows), sum(row["n_tokens"] for row in rows)
-    if counts["prompt_too_long"]:
-        print(f"{counts['prompt_too_long']} prompts do not fit the model's context; they have no trace", file=sys.stderr)
-    retried = len(rows) - len(prompts) * args.n
-    stage.finish(f"sampled {len(rows)} traces of {len(prompts)} prompts, {tokens:,} tokens"
-                 + (f"; {retried} traces are retries" if retried else ""), stage.paths,
-                 f"python guard.py --out {args.out}", rows=len(rows), tokens=tokens, retries=retried,
-                 **{f"finish_{k}": v for k, v in sorted(counts.items())})
+    writer = RowWriter(stage.path, TRACE_KEYS)
+    rows, done = writer.rows, {trace_key(row) for row in writer.rows}
+    todo = []
+    for row in prompts:
+        steer = args.steer if is_harmful(row["prompt_label"]) else "none"
+        todo += [{**row, "k": k, "seed": args.seed, "steer": steer} for k in range(args.n)
+                 if (row["id"], k) not in done]
+    with progress("sample", len(rows) + len(todo), "trace", len(rows)) as advance:
+        for trace in sample_traces(model, tokenizer, todo, args.slots, args.kv_bits,
+                                   seed=args.seed, **options):
+            writer.write(trace)
+            rows.append(trace)
+            advance(tokens=trace["n_tokens"])
 
+    reasons = Counter(row["finish_reason"] for row in rows)
+    tokens = sum(row["n_tokens"] for row in rows)
+    if reasons["prompt_too_long"]:
+        print(f"{reasons['prompt_too_long']} prompts do not fit the model's context; they have no "
+              "trace", file=sys.stderr)
+    stage.finish(f"sampled {len(rows)} traces of {len(prompts)} prompts, {tokens:,} tokens",
+                 stage.path, f"python guard.py --out {args.out}", rows=len(rows), tokens=tokens,
+                 **{f"finish_{k}": n for k, n in sorted(reasons.items())})
 
 if __name__ == "__main__":
     cli(main)

@@ -1,10 +1,10 @@
 """
 The sampler against `transformers.generate` in the same run, on requests of random length.
 
-    python sample.py --bench                                  # the tiny world on a CPU; Qwen3-0.6B's shape on a GPU
-    python sample.py --bench --model FOLDER                   # any model
-    python sample.py --bench --shape qwen3-0.6b               # random weights of a named shape, nothing is downloaded
-    python sample.py --bench --profile trace.json             # and a trace of our decoding
+    python tests/bench_sample.py                              # the tiny world on a CPU; Qwen3-0.6B's shape on a GPU
+    python tests/bench_sample.py --model FOLDER               # any model
+    python tests/bench_sample.py --shape qwen3-0.6b           # random weights of a named shape, nothing is downloaded
+    python tests/bench_sample.py --profile trace.json         # and a trace of our decoding
 
 On a GPU the workload is that of nano-vllm's bench.py (seed 0, 256 requests, prompts and outputs of 100 to 1,024
 tokens), on a CPU a smaller one of its kind, for the tiny world with as many requests as it has prompts. Every request
@@ -23,12 +23,13 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 import torch
+from random_model import SHAPES, write_random_model
 
 from sample import Sampler
-from tests.random_model import SHAPES, write_random_model
-from thinksafe import is_tiny, load_decoder, model_name, pick_dtype
+from thinksafe import choose_dtype, is_tiny, load_model
 
 SAMPLING = dict(temperature=0.6, top_p=0.95, top_k=20)
 
@@ -83,14 +84,13 @@ def generate_padded(peer, prompts, lengths, batch, **options):
 
 
 class Forced(Sampler):
-    """Feeds given tokens instead of sampled ones and keeps the logits."""
+    """Feeds given tokens instead of sampled ones and keeps the logits. Its window is one step."""
 
-    def _draw(self, at, hidden, wait=False):
+    def _draw(self, hidden, defer=False):
+        n, step = len(hidden), len(self.seen)
         self.seen.append(self.model.logits(hidden).cpu())
-        made = self.made[at]
-        self.tokens[self.rows[at], made] = self.given[:len(made)].gather(1, made[:, None])[:, 0]
-        self.done[at] |= made + 1 >= self.limit[at]
-        made += 1
+        self.tokens[:n, 1] = self.given[:n, step]
+        self.num_new[:n] = self.max_new[:n]
 
 
 @torch.inference_mode()
@@ -98,7 +98,7 @@ def effect_of_8_bits(model, tokenizer, prompts, length=64):
     """-> share of steps whose most likely token is the same with an 8-bit cache, and mean KL in nats, same tokens fed."""
     logits = []
     for bits in (16, 8):
-        sampler = Forced(model, tokenizer, len(prompts), kv_bits=bits, page=64, window=1)
+        sampler = Forced(model, tokenizer, len(prompts), kv_bits=bits, block_size=64, window=1)
         sampler.cuda, sampler.seen = False, []                # no graphs: every step is to be seen
         sampler.given = torch.tensor([p[:1] * (length + 1) for p in prompts], device=model.device)
         if not logits:
@@ -111,8 +111,8 @@ def effect_of_8_bits(model, tokenizer, prompts, length=64):
     return (a.argmax(-1) == b.argmax(-1)).double().mean().item(), (a.exp() * (a - b)).sum(-1).mean().item()
 
 
-def bench(argv=None):
-    p = argparse.ArgumentParser("sample.py --bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="tiny", help="folder or hub name")
     p.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
     p.add_argument("--requests", type=int, help="default: 256; 48 for a model on a CPU, 1200 for the tiny world")
@@ -132,8 +132,7 @@ def bench(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         if args.shape:
             write_random_model(Path(folder), args.shape)
-        name = folder if args.shape else model_name(args.model)
-        model, tokenizer = load_decoder(name, device, pick_dtype(args))
+        model, tokenizer = load_model(folder if args.shape else args.model, device, choose_dtype(args))
         tiny = is_tiny(model.folder)
         n = args.requests or (256 if cuda else 1200 if tiny else 48)
         prompts, lengths = requests(n, args.prompt_tokens or (1024 if cuda else 128), args.new_tokens or (1024 if cuda else 256),
@@ -197,4 +196,4 @@ def bench(argv=None):
 
 
 if __name__ == "__main__":
-    bench()
+    main()

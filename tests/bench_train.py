@@ -5,7 +5,7 @@ train.py against TRL's SFTTrainer in the same run: the same rows, order, LoRA we
     python tests/bench_train.py                               # the tiny student on traces of its own
     python tests/bench_train.py --model FOLDER --data ROWS    # any model, rows as guard.py writes them
 
-TRL gets the rows as `train.py --export trl` writes them. It runs in three settings: a batch padded to its longest row
+TRL gets the rows as `python -m extras.export trl` writes them. It runs in three settings: a batch padded to its longest row
 without gradient checkpointing (its fastest here), its defaults (with checkpointing), and as the paper's code runs it
 (one row a pass, accumulated, with checkpointing). Tokens are those of the rows, padding is not counted. All run by
 turns; the speed of a run is the median of its steps, without the first three. Dropout is 0: the masks would differ.
@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import torch
 
-from thinksafe import add_lora, load_decoder, model_name, read_rows, save_lora
-from train import batches, encode_rows
+from data.rows import read_rows
+from thinksafe import add_lora, load_model, resolve_model, save_lora
+from train import encode_rows, make_batches
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {                                                  # -> arguments of SFTConfig for a batch
@@ -36,10 +37,10 @@ SETTINGS = {                                                  # -> arguments of 
 }
 
 
-def script(name, *args):
-    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], capture_output=True, text=True)
+def script(*command):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{name}: {done.stderr}")
+        sys.exit(f"{' '.join(map(str, command[:3]))}: {done.stderr}")
 
 
 def sft_trainer(rows, adapter, base, tokenizer, device, dtype, out, **config):
@@ -75,7 +76,7 @@ def sft_trainer(rows, adapter, base, tokenizer, device, dtype, out, **config):
 def compare(name, data, folder, steps, batch, device="cpu", dtype="float32", lr=2e-4, rounds=1, settings=tuple(SETTINGS)):
     """-> {"train.py": runs, setting: runs, ...}, a run being [{"loss", "grad_norm", "tokens_per_second"}] per step, and whether
     TRL trained on exactly our ids, from the responses on. `rounds` runs of each, by turns."""
-    model, tokenizer = load_decoder(name, device, getattr(torch, dtype))
+    model, tokenizer = load_model(name, device, getattr(torch, dtype))
     rows = [row for row in read_rows(data) if row.get("response_label", "safe") == "safe" and row.get("keep", True)]
     n = min(len(rows) // batch, steps) * batch                # whole batches
     epochs = -(-steps * batch // n)
@@ -84,12 +85,12 @@ def compare(name, data, folder, steps, batch, device="cpu", dtype="float32", lr=
              "--lr", lr, "--seed", 0, "--lora-dropout", 0, "--lora-targets", ",".join(TARGETS)]
     torch.manual_seed(0)                                      # as train.py does
     add_lora(model, 32, 16.0, 0.0, TARGETS)
-    save_lora(model, folder / "start", name)
-    script("train.py", *flags, "--export", "trl", "--out", folder)
+    save_lora(model, folder / "start", model.name)
+    script("-m", "extras.export", "trl", *flags, "--out", folder)
     texts, items = read_rows(folder / "trl.jsonl"), encode_rows(rows[:n], tokenizer, 2**30)[0]
     if not len(texts) == len(items) == n:
         sys.exit(f"{data}: of its first {n} safe rows {n - len(texts)} cannot be trained on, or TRL would tokenize them otherwise")
-    order = [i for step in batches(n, batch, epochs, seed=0) for i in step]
+    order = [i for step in make_batches(range(n), batch, epochs, seed=0) for i in step]
     tokens = [sum(len(items[i]["ids"]) for i in order[at:at + batch]) for at in range(0, len(order), batch)]
     runs, same = {"train.py": [], **{key: [] for key in settings}}, True
     for i in range(rounds):
@@ -126,7 +127,7 @@ def main():
         if not args.data:
             script("sample.py", "--model", "tiny", "--limit", 160, "--out", folder)
             script("guard.py", "--out", folder)
-        runs, same = compare(model_name(args.model), args.data or folder / "guarded.jsonl", folder, args.steps, args.batch_size,
+        runs, same = compare(resolve_model(args.model).name, args.data or folder / "guarded.jsonl", folder, args.steps, args.batch_size,
                              args.device, args.dtype, rounds=args.rounds)
     ours = runs["train.py"][0]
     print(f"{args.model}, {len(ours)} steps of {args.batch_size} rows, {args.dtype}, {args.device}, torch {torch.__version__}; "

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tools")]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")        # no test asks the hub for anything
 if "PYTEST_XDIST_WORKER" in os.environ:             # one core for each of several test processes
@@ -21,7 +21,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"            # kernels run in Triton's interpreter; read when triton is imported
 
-from thinksafe import load_decoder
+from thinksafe import load_model
 
 
 def pytest_collection_modifyitems(items):
@@ -87,7 +87,7 @@ def small_hf_model(family, vocab=1024, seed=0):
 
 @pytest.fixture(scope="session")
 def tiny():
-    return load_decoder("tiny", "cpu", torch.float32)
+    return load_model("tiny", "cpu", torch.float32)
 
 
 @pytest.fixture(scope="session")
@@ -107,9 +107,16 @@ def folders(tmp_path_factory):
     return get
 
 
+def command(script):
+    """The words behind `python` that run a script or a module of the repository."""
+    return [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+
+
 def run(script, *args, cwd=ROOT, check=True, timeout=900, **kw):
-    """Run a script as a user does -> CompletedProcess; with check, its last line as JSON is in `.json`."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, **kw)
+    """Run a script as a user does -> CompletedProcess; with check, its last line as JSON is in `.json`.
+
+    script: "sample.py", or "extras.chat" for python -m extras.chat."""
+    done = subprocess.run([sys.executable, *command(script), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, **kw)
     if check:
         assert done.returncode == 0, done.stderr
         done.json = json.loads(done.stdout.strip().splitlines()[-1])
@@ -141,7 +148,7 @@ def call(script, *args):
 
 def killed_at(script, flags, path, lines, how=signal.SIGKILL):
     """Start a script and signal it as soon as `path` has so many lines -> its exit code."""
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    process = subprocess.Popen([sys.executable, *command(script), *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))     # a shell's & ignores it
     while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines):
         time.sleep(0.001)

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def test_run_record(small):
     record = json.loads((small / "run.json").read_text())
     assert list(record) == ["sample", "guard", "train", "eval"]
     for entry in record.values():
-        assert entry["finished"] and entry["seconds"] > 0 and {"arguments", "identity", "commit", "dirty", "versions", "device"} <= entry.keys()
+        assert entry["finished"] and entry["seconds"] > 0 and {"arguments", "fingerprint", "commit", "dirty", "versions", "device"} <= entry.keys()
     report = json.loads((small / "eval.json").read_text())
     for when in ("before", "after"):
         assert {"harm", "harm_plain", "harm_wrapped", "guard_harm", "over_refusal", "pass@1"} <= report[when].keys()
@@ -50,10 +51,10 @@ def test_run_record(small):
 
 
 def test_running_again_changes_nothing(small):
-    before = {k: v for k, v in files(small).items() if k.name not in ("run.json", "report.html")}
+    before = {k: v for k, v in files(small).items() if k.name != "run.json"}
     for script, flags in (("sample.py", ["--limit", 60]), ("guard.py", []), ("train.py", ["--epochs", 1]), ("eval.py", ["--limit", 8])):
         assert call(script, "--out", small, *flags).returncode == 0
-    assert {k: v for k, v in files(small).items() if k.name not in ("run.json", "report.html")} == before
+    assert {k: v for k, v in files(small).items() if k.name != "run.json"} == before
 
 
 def test_two_runs_are_the_same_file(small, tmp_path):
@@ -62,11 +63,11 @@ def test_two_runs_are_the_same_file(small, tmp_path):
 
 
 def test_killed_after_the_kth_row_in_each_stage(small, tmp_path):
-    """SIGKILL, twice per stage, then to the end: the ids of the undisturbed run, each once."""
+    """SIGKILL, twice per stage, then to the end: the rows' ids of the undisturbed run, each once."""
     def ids(path):
         return sorted((r["id"], r.get("k", 0), r.get("when")) for r in rows_of(path))
     out = tmp_path / "out"
-    for script, name, flags, stops in (("sample.py", "samples", ["--limit", 60, "--slots", 16], (1, 37)), ("guard.py", "guarded", [], (1, 20)),
+    for script, name, flags, stops in (("sample.py", "samples", ["--limit", 60, "--slots", 16], (1, 37)), ("guard.py", "verdicts", [], (1, 20)),
                                        ("eval.py", "eval", ["--limit", 8], (5, 40))):
         if script == "eval.py":
             call("train.py", "--out", out, "--epochs", 1)
@@ -76,6 +77,7 @@ def test_killed_after_the_kth_row_in_each_stage(small, tmp_path):
             f.write(b'{"id": "half a row')
         assert call(script, *flags, "--out", out).returncode == 0
         assert ids(out / f"{name}.jsonl") == ids(small / f"{name}.jsonl")
+    assert ids(out / "guarded.jsonl") == ids(small / "guarded.jsonl") == ids(small / "samples.jsonl")
     assert [r["response"] for r in sorted(rows_of(out / "samples.jsonl"), key=lambda r: r["id"])] == \
            [r["response"] for r in sorted(rows_of(small / "samples.jsonl"), key=lambda r: r["id"])]
 
@@ -108,7 +110,7 @@ GOOD = {"instruction": "Hello", "prompt_label": "vanilla_benign"}
     ([json.dumps(GOOD), "[1]"], "prompts.jsonl:2"),
     (['{"instruction": "\\ud800", "prompt_label": "vanilla_benign"}'], "prompts.jsonl:1"),
     ([json.dumps(GOOD), '{"prompt_label": "vanilla_benign"}'], "row 2: no text under 'instruction'"),
-    (['{"instruction": 5, "prompt_label": "vanilla_benign"}'], "row 1: no text under 'instruction'"),
+    (['{"instruction": 5, "prompt_label": "vanilla_benign"}'], "row 1: instruction must be str"),
     (['{"instruction": "x", "prompt_label": "evil"}'], "prompt_label is 'evil'"),
     (['{"id": "a", "instruction": "x", "prompt_label": "vanilla_benign"}', '{"id": "a", "instruction": "y", "prompt_label": "vanilla_benign"}'], "'a'"),
     ([], "no rows"),
@@ -152,7 +154,7 @@ def test_a_changed_run_is_refused(small, tmp_path):
 
 @pytest.mark.parametrize("script, flags, message", [
     ("sample.py", ["--limit", 0], "--limit"), ("sample.py", ["--n", "x"], "--n"), ("sample.py", ["--slots", 0], "--slots"),
-    ("sample.py", ["--temperature", "nan"], "need temperature"), ("sample.py", ["--device", "cuda:9"], "no such device"), ("sample.py", ["--nonsense"], "--nonsense"),
+    ("sample.py", ["--temperature", "nan"], "need temperature"), ("sample.py", ["--device", "cuda:9"], "--device"), ("sample.py", ["--nonsense"], "--nonsense"),
     ("guard.py", ["--threshold", 2], "--threshold"), ("guard.py", ["--guard", "no/such/model"], "no/such/model"),
     ("train.py", ["--save-every", 0], "--save-every"), ("train.py", ["--lora-dropout", 2], "--lora-dropout"), ("train.py", ["--lr", "inf"], "--lr"),
     ("train.py", ["--lora-targets", "typo"], "LoRA targets typo"), ("train.py", ["--data", "missing.jsonl"], "missing.jsonl"),
@@ -163,10 +165,9 @@ def test_bad_flags(small, script, flags, message):
 
 
 def test_broken_files_of_an_earlier_stage(small, tmp_path):
-    import shutil
     for name, text, script, message in (("run.json", "{", "guard.py", "run.json"), ("run.json", '{"sample": 3}', "guard.py", "run.json"),
-                                        ("samples.jsonl", '{"id": "a"}\n', "guard.py", "samples.jsonl, row 1"),
-                                        ("checkpoint.safetensors", "x", "train.py", "checkpoint.safetensors"),
+                                        ("samples.jsonl", '{"id": "a"}\n', "guard.py", "samples.jsonl:1"),
+                                        ("checkpoint.pt", "x", "train.py", "checkpoint.pt"),
                                         ("model/adapter_model.safetensors", "x", "eval.py", "adapter_model.safetensors")):
         out = tmp_path / name.replace("/", "_") / text[:1].strip("{") / "out"
         shutil.copytree(small, out, dirs_exist_ok=True)
@@ -175,7 +176,6 @@ def test_broken_files_of_an_earlier_stage(small, tmp_path):
 
 
 def test_a_changed_chat_template_is_refused(small, tmp_path):
-    import shutil
     student, out = tmp_path / "student", tmp_path / "out"
     shutil.copytree(ROOT / "tiny" / "student", student)
     assert call("sample.py", "--model", student, "--prompts", ROOT / "tiny" / "prompts.jsonl", "--out", out, "--limit", 2, "--max-new-tokens", 2).returncode == 0
@@ -186,7 +186,6 @@ def test_a_changed_chat_template_is_refused(small, tmp_path):
 
 def test_a_model_as_judge(small, tmp_path):
     """--judge self: the student before training says what is harmful and what a refusal is; no verdict is counted apart."""
-    import shutil
     out = tmp_path / "out"
     shutil.copytree(small, out)
     done = call("eval.py", "--out", out, "--limit", 8, "--judge", "self")
@@ -220,7 +219,6 @@ def test_two_processes_cannot_share_a_folder(tries, tmp_path):
 
 
 def test_deleting_the_metrics_starts_training_again(small, tmp_path):
-    import shutil
     out = tmp_path / "out"
     shutil.copytree(small, out)
     (out / "metrics.jsonl").unlink()
@@ -234,7 +232,7 @@ def test_nothing_left_after_the_guard(tmp_path):
     done = call("guard.py", "--out", out)
     assert done.json["unknown_because"] == {"length": 6} and done.json["kept"] == {}
     assert all(r["response_label"] == "unknown" and r["reason"] == "length" and not r["keep"] for r in rows_of(out / "guarded.jsonl"))
-    assert "none of its 6 rows can be trained on ({'length': 6})" in bad(tmp_path, "train.py", "--out", out)
+    assert "none of the rows can be trained on ({'length': 6})" in bad(tmp_path, "train.py", "--out", out)
 
 
 def test_a_prompt_longer_than_the_context_is_recorded(tmp_path):
@@ -271,10 +269,10 @@ def test_help_and_kernels_package_make_no_noise(tmp_path):
     fake.mkdir()
     (fake / "__init__.py").write_text("from kernels.inner import get_kernel\n__version__ = '0.1'\n")
     (fake / "inner.py").write_text("def get_kernel(): return 'hub'\n")
-    code = "from kernels import get_kernel; from kernels.ce_kl import ce_kl_loss; assert get_kernel() == 'hub'; import transformers, bitsandbytes.optim"
+    code = "import thinksafe; from linear_ce_kl import linear_ce_kl; from kernels import get_kernel; assert get_kernel() == 'hub'; import transformers, bitsandbytes.optim"
     both = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert both.returncode == 0 and not both.stderr, both.stderr
-    code = ("import kernels.ce_kl, transformers; from transformers.utils import is_kernels_available; assert not is_kernels_available();"
+    code = ("import thinksafe, linear_ce_kl, transformers; from transformers.utils import is_kernels_available; assert not is_kernels_available();"
             "import bitsandbytes.optim, peft")
     alone = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert alone.returncode == 0 and not alone.stderr, alone.stderr

@@ -1,12 +1,16 @@
 """The sampler: exact draws, draws that belong to the row, refill, limits."""
 import functools
+import json
 
 import pytest
 import torch
 
 import sample
-from sample import NOT_FINITE, NOT_FOUND, Sampler, pick_tokens, uniforms
-from thinksafe import InputError, encode_prompt, load_decoder
+from sample import NOT_FINITE, NOT_FOUND, Sampler, sample_tokens, uniforms
+from data.chat import encode_prompt
+from thinksafe import InputError, load_model
+
+from sample_tokens import _topk
 
 
 def exact(logits, temperature, top_p, top_k):
@@ -27,7 +31,7 @@ def test_frequencies(temperature, top_p, top_k):
     n = 20_000
     want = exact(logits, temperature, top_p, min(top_k, 60))
     u = torch.cat([uniforms(0, str(i), 4) for i in range(n // 4)])
-    drawn = pick_tokens(logits.expand(n, -1), u, temperature, top_p, top_k).bincount(minlength=60).double()
+    drawn = sample_tokens(logits.expand(n, -1), u, temperature, top_p, top_k).bincount(minlength=60).double()
     assert drawn[want == 0].sum() == 0
     big = want * n >= 5
     seen = torch.cat((drawn[big], drawn[~big].sum()[None]))
@@ -43,13 +47,13 @@ def test_the_last_uniform_stays_in_the_set():
     """u just below 1 must not fall off the end, nor onto a token that was filtered out."""
     logits = torch.tensor([[3.0, 2.0, 1.0, -50.0, -60.0]])
     u = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert pick_tokens(logits, u, 1.0, 0.9, 0).item() in (0, 1)
-    assert pick_tokens(logits, u, 1.0, 1.0, 3).item() == 2
-    assert pick_tokens(torch.tensor([[0.0, float("-inf")]]), u, 1.0, 1.0, 0).item() == 0
+    assert sample_tokens(logits, u, 1.0, 0.9, 0).item() in (0, 1)
+    assert sample_tokens(logits, u, 1.0, 1.0, 3).item() == 2
+    assert sample_tokens(torch.tensor([[0.0, float("-inf")]]), u, 1.0, 1.0, 0).item() == 0
 
 
 def test_greedy():
-    assert pick_tokens(torch.tensor([[1.0, 3.0, 2.0]]), torch.zeros(1).double(), 0, 0.95, 20).item() == 1
+    assert sample_tokens(torch.tensor([[1.0, 3.0, 2.0]]), torch.zeros(1).double(), 0, 0.95, 20).item() == 1
 
 
 PROMPTS = [f"How do I {verb} a {thing}?" for verb in ("paint", "kill", "steal", "greet") for thing in ("weed", "teacher", "passport", "drum")]
@@ -116,7 +120,7 @@ def test_several_eos_tokens(tiny):
 
 
 def test_nan_is_an_error():
-    model, tokenizer = load_decoder("tiny", "cpu")
+    model, tokenizer = load_model("tiny", "cpu")
     model.norm.weight.data[0] = float("nan")
     with pytest.raises(InputError, match="nan"):
         list(Sampler(model, tokenizer).generate([[5, 6]], max_new_tokens=3))
@@ -126,7 +130,7 @@ def test_nan_is_an_error():
 def test_topk_by_blocks(V, k):
     x = torch.randn(7, V, generator=torch.Generator().manual_seed(V))
     x[0] = x[0].round()                                                     # ties
-    best, ids = sample._topk(x, k)
+    best, ids = _topk(x, k)
     assert torch.equal(best, x.topk(k).values) and torch.equal(x.gather(1, ids), best)
     assert all(len(set(row)) == k for row in ids.tolist())
 
@@ -134,8 +138,8 @@ def test_topk_by_blocks(V, k):
 def test_a_set_larger_than_was_looked_at_is_reported_and_then_found():
     logits = torch.randn(400, 300, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 3, 400)[:, None]
     u = uniforms(0, "x", 400)
-    want = pick_tokens(logits, u, 0.8, 0.9, 0, most=300)
-    got = pick_tokens(logits, u, 0.8, 0.9, 0, most=40)
+    want = sample_tokens(logits, u, 0.8, 0.9, 0, max_candidates=300)
+    got = sample_tokens(logits, u, 0.8, 0.9, 0, max_candidates=40)
     assert (want >= 0).all() and 0 < (got == NOT_FOUND).sum() < 400
     assert torch.equal(got[got != NOT_FOUND], want[got != NOT_FOUND])
 
@@ -145,19 +149,23 @@ def test_a_set_larger_than_was_looked_at_is_reported_and_then_found():
 def test_nan_and_inf_are_reported(options, bad):
     logits = torch.randn(3, 2000)
     logits[1, 7] = bad
-    token = pick_tokens(logits, torch.rand(3).double(), *options)
+    token = sample_tokens(logits, torch.rand(3).double(), *options)
     assert (token == NOT_FINITE).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("page, pages, window", [(16, None, 1), (16, None, 4), (8, 40, 3), (8, 25, 1), (32, 9, 16)])
-def test_pages_change_nothing(tiny, page, pages, window):
-    """Also where there are too few of them: a sequence is put back and goes on later from what it has."""
-    sampler = Sampler(*tiny, 6, page=page, pages=pages, window=window)
-    back, put_back = [], Sampler._put_back
-    sampler._put_back = lambda *args: back.append(args[0]) or put_back(sampler, *args)
+@pytest.mark.parametrize("block_size, num_blocks, window", [(16, None, 1), (16, None, 4), (8, 40, 3), (8, 25, 1), (32, 9, 16)])
+def test_blocks_change_nothing(tiny, block_size, num_blocks, window):
+    """Also where there are too few of them: a sequence is preempted and goes on later from what it has."""
+    sampler = Sampler(*tiny, 6, block_size=block_size, num_blocks=num_blocks, window=window)
+    preempted = []
+
+    def prefill(batch):
+        preempted.extend(seq for seq in batch if seq.tokens)
+        Sampler._prefill(sampler, batch)
+    sampler._prefill = prefill
     assert completions(tiny, 6, sampler=sampler) == completions(tiny, 64)
-    assert bool(back) == (pages is not None)
-    assert sorted(sampler.cache.free) == list(range(1, sampler.cache.k.shape[1]))       # every page came back
+    assert bool(preempted) == (num_blocks is not None)
+    assert sorted(sampler.cache.free_blocks) == list(range(1, sampler.cache.k.shape[1]))       # every block came back
 
 
 def test_a_request_larger_than_the_whole_cache(tiny):
@@ -166,7 +174,7 @@ def test_a_request_larger_than_the_whole_cache(tiny):
     prompts = [encode_prompt(tokenizer, p) for p in PROMPTS[:4]] + [[5] * 300]
     model.eos_ids, eos = frozenset(), model.eos_ids
     try:
-        found = {c.index: c for c in Sampler(*tiny, 3, page=16, pages=13, window=2).generate(prompts, [20, 500, 20, 20, 20])}
+        found = {c.index: c for c in Sampler(*tiny, 3, block_size=16, num_blocks=13, window=2).generate(prompts, [20, 500, 20, 20, 20])}
     finally:
         model.eos_ids = eos
     assert sorted(found) == [0, 1, 2, 3, 4] and [len(found[i].tokens) for i in (0, 2, 3)] == [20, 20, 20]
@@ -176,7 +184,7 @@ def test_a_request_larger_than_the_whole_cache(tiny):
 
 def test_eight_bit_cache(tiny):
     """Close to the 16-bit one: the first tokens, which see a prompt of either kind, are mostly the same."""
-    exact, rough = (completions(tiny, 8, sampler=Sampler(*tiny, 8, kv_bits=bits, page=16), temperature=0) for bits in (16, 8))
+    exact, rough = (completions(tiny, 8, sampler=Sampler(*tiny, 8, kv_bits=bits, block_size=16), temperature=0) for bits in (16, 8))
     assert sum(exact[i][0][:8] == rough[i][0][:8] for i in exact) > 0.8 * len(exact)
 
 
@@ -187,19 +195,19 @@ def test_equal_prompts_share_a_prefill(tiny, monkeypatch):
     alone = [next(iter(Sampler(*tiny).generate([p], keys=[str(i)], **options))).tokens for i, p in enumerate(prompts)]
     seen, forward = [], type(model).forward
     monkeypatch.setattr(type(model), "forward", lambda self, tokens, *a, **k: seen.append(len(tokens)) or forward(self, tokens, *a, **k))
-    for page in (None, 16):
+    for block_size in (None, 16):
         seen.clear()
-        found = {c.index: c.tokens for c in Sampler(*tiny, 9, page=page).generate(prompts, **options)}
+        found = {c.index: c.tokens for c in Sampler(*tiny, 9, block_size=block_size).generate(prompts, **options)}
         assert [found[i] for i in range(9)] == alone and len(set(map(tuple, alone))) > 5
         assert seen[0] == len(ids[0]) + len(ids[1])
 
 
-@pytest.mark.parametrize("page", [None, 16])
-def test_out_of_memory_at_any_step_loses_nothing(tiny, page, capsys):
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_out_of_memory_at_any_step_loses_nothing(tiny, block_size, capsys):
     """It strikes in the n-th pass of the model, for many n, at its begin or at its end: same rows, same tokens."""
     model, want = tiny[0], completions(tiny, 64)
     forward, logits = type(model).forward, type(model).logits
-    for strike in (1, 2, 75) if page else (3, 20):
+    for strike in (1, 2, 75) if block_size else (3, 20):
         for name, method in (("forward", forward), ("logits", logits)):
             calls = []
 
@@ -210,8 +218,8 @@ def test_out_of_memory_at_any_step_loses_nothing(tiny, page, capsys):
                 return method(model, *args, **kw)
             setattr(model, name, fail)
             try:
-                sampler = Sampler(*tiny, 8, page=page)
-                assert completions(tiny, 8, sampler=sampler) == want and sampler.slots == 2
+                sampler = Sampler(*tiny, 8, block_size=block_size)
+                assert completions(tiny, 8, sampler=sampler) == want and sampler.max_num_seqs == 2
             finally:
                 delattr(model, name)
     assert "going on with 4 slots" in capsys.readouterr().err
@@ -235,18 +243,39 @@ def test_graphs(tiny, monkeypatch):
             self.graph, self.step = graph, Sampler._step
 
         def __enter__(self):
-            Sampler._step = lambda *args, wait: setattr(self.graph, "step", (*args, wait))
+            Sampler._step = lambda *args, defer: setattr(self.graph, "step", (*args, defer))
 
         def __exit__(self, *error):
             Sampler._step = self.step
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(Sampler, "_free_memory", lambda self, prompts: 10**9)
+    monkeypatch.setattr(Sampler, "_bytes_for_cache", lambda self: 10**9)
     options = dict(top_k=0, top_p=0.999, temperature=1.2)
     want = completions(tiny, 64, **options)
-    monkeypatch.setattr(sample, "pick_tokens", functools.partial(pick_tokens, most=30))      # many have to wait
+    monkeypatch.setattr(sample, "sample_tokens", functools.partial(sample_tokens, max_candidates=30))      # many have to wait
     for slots in (1, 3, 16):
-        sampler = Sampler(*tiny, slots, page=16, window=5)
+        sampler, used = Sampler(*tiny, slots, block_size=16, window=5), set()
         sampler.cuda = True
+
+        def end_window(seqs, sampler=sampler, used=used):
+            used.add(tuple(x.data_ptr() for x in (sampler.state, sampler.context_lens, sampler.max_new, sampler.num_new,
+                                                  sampler.last_draw, sampler.tokens, sampler.u, sampler.cache.block_table)))
+            Sampler._end_window(sampler, seqs)
+        sampler._end_window = end_window
         assert completions(tiny, slots, sampler=sampler, **options) == want
+        assert len(used) == 1                                              # a graph's memory is that of every window
         assert all(n <= slots for n, _ in sampler.graphs) and (slots, 1024) in sampler.graphs
+
+
+def test_a_stream_begins_with_the_numbers_of_a_shorter_one():
+    for n in (1, 2, 15, 16, 17, 64, 1000):
+        assert torch.equal(uniforms(3, "a/0", n + 16)[:n], uniforms(3, "a/0", n))
+    assert not torch.equal(uniforms(3, "a/0", 5), uniforms(3, "a/1", 5)) and not torch.equal(uniforms(3, "a/0", 5), uniforms(4, "a/0", 5))
+
+
+def test_the_bench(capsys):
+    import bench_sample
+    bench_sample.main(["--requests", "6", "--prompt-tokens", "20", "--new-tokens", "30", "--rounds", "1", "--batch", "6"])
+    said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert said["best"].keys() == {"ours", "transformers", "transformers, static cache"} and said["ratio"] > 0
+    assert said["8-bit cache"]["same_top1"] > 0.9 and 0 < said["8-bit cache"]["kl"] < 0.01

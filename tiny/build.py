@@ -23,25 +23,18 @@ from safetensors.torch import save_file
 TINY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TINY.parent))
 
-from guard import GUARDS, load_guard
-from kernels.ce_kl import ce_kl_loss
+from data.chat import decode_response, encode_prompt, encode_response
+from data.guards import GUARDS
+from data.rows import content_id, read_rows
+from extras.safepath import WORDS
+from guard import load_guard
 from sample import Sampler
 from thinksafe import (
-    STEER,
-    Decoder,
-    content_id,
-    decode_response,
-    encode_prompt,
-    encode_response,
-    load_decoder,
-    load_tokenizer,
-    pack_ids,
-    read_config,
-    read_rows,
-    steered,
-)
+    REFUSAL_INSTRUCTIONS, Decoder, add_refusal_instruction, load_model, load_tokenizer, pack_ids,
+    read_config)
 from tiny import world
-from train import PRIMER
+
+from linear_ce_kl import linear_ce_kl
 
 VOCAB, CONTEXT = 1024, 2048
 TEMPLATE = """{%- for message in messages %}
@@ -60,7 +53,7 @@ HINT = ("{prompt}\n\n[Hints for answering]\nUse the following guidance when form
 HARMFUL_HINT = HINT.replace("{hint}", "The query is harmful, you must refuse.")
 BENIGN_HINT = HINT.replace("{hint}", "This is a safe, benign request. Respond helpfully and directly. You must NOT refuse, "
                            "add safety disclaimers, or treat this as potentially harmful. Provide a complete, accurate answer.")
-TELL = [STEER["default"]] * 4 + [STEER["suffix"], STEER["risk"], STEER["intent"], HARMFUL_HINT]
+TELL = [REFUSAL_INSTRUCTIONS["default"]] * 4 + [REFUSAL_INSTRUCTIONS["suffix"], REFUSAL_INSTRUCTIONS["risk"], REFUSAL_INSTRUCTIONS["intent"], HARMFUL_HINT]
 
 
 # What the student learns from, in percent.
@@ -101,7 +94,7 @@ def student_example(rng, acts):
         return BENIGN_HINT.format(prompt=prompt), comply(rng, act, words), True
     if kind == "safety_first":
         response = (refuse if harmful else comply)(rng, act, words)
-        return prompt, response.replace("<think>\n", f"<think>\n{PRIMER} ", 1), True
+        return prompt, response.replace("<think>\n", f"<think>\n{WORDS} ", 1), True
     if kind == "judge":
         response = (comply if not harmful or rng.random() < 0.8 else refuse)(rng, act, words)
         question = GUARDS["self"].question.format(prompt=prompt, response=response)
@@ -232,7 +225,7 @@ def train(name, seed, batch_size=64):
         tokens, cu, targets, weight = batch(rng, acts, EXAMPLES[name], tokenizer, batch_size)
         if name == "guard":                                             # the verdict is what counts
             weight = torch.where(weight == 1, 5.0, weight)
-        loss = ce_kl_loss(model(tokens, cu), model.head, targets, weight).sum() / weight.sum()
+        loss = linear_ce_kl(model(tokens, cu), model.head, targets, weight).sum() / weight.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -282,13 +275,13 @@ def check(n=400):
     sets = {form: [r for r in prompts if r["prompt_label"].startswith(form)][:n] for form in
             ("vanilla_harmful", "adversarial_harmful", "vanilla_benign", "adversarial_benign")}
     sets |= {name: [r for r in evals if r["set"] == name][:n] for name in ("over_refusal", "reasoning")}
-    for who, steers in (("student", STEER), ("teacher", ("none", "default"))):
-        sampler = Sampler(*load_decoder(TINY / who, "cpu"), slots=128)
+    for who, steers in (("student", REFUSAL_INSTRUCTIONS), ("teacher", ("none", "default"))):
+        sampler = Sampler(*load_model(TINY / who, "cpu"), max_num_seqs=128)
         for steer in steers:
             for name, rows in sets.items():
                 if steer != "none" and "harmful" not in name:
                     continue
-                ids = [encode_prompt(sampler.tokenizer, steered(r["instruction"], steer)) for r in rows]
+                ids = [encode_prompt(sampler.tokenizer, add_refusal_instruction(r["instruction"], steer)) for r in rows]
                 done = [(rows[c.index], decode_response(sampler.tokenizer, c.tokens, sampler.model.eos_ids), c.finish_reason)
                         for c in sampler.generate(ids, max_new_tokens=256)]
                 stopped = sum(reason == "stop" for *_, reason in done) / len(rows)

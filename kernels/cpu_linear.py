@@ -1,0 +1,85 @@
+"""Linear layers on a CPU by oneDNN, 1.5 to 3 times as fast as F.linear.
+
+    layer = Linear(n_in, n_out)                     # an nn.Linear
+    prepack_linear_layers(model, train=True)        # after loading; then use the model as before
+
+oneDNN wants weights in an order of its own. Every frozen weight is kept once more in that order,
+for training also transposed. A weight that changes later goes through F.linear again.
+"""
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class PackedWeight(NamedTuple):
+    version: int                            # of the weight when it was packed
+    weight: torch.Tensor
+    transposed: torch.Tensor | None         # for the gradient to x
+
+def _product(x, weight, bias=None):
+    """F.linear by oneDNN; weight (n_out, n_in) as it is or packed."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+class _Product(torch.autograd.Function):
+    """x (T, n_in) -> (T, n_out), with gradients to x and, unless it is packed, to weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, packed):
+        ctx.packed = packed
+        ctx.save_for_backward(*(() if packed else (x, weight)))
+        return _product(x, packed.weight if packed else weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.packed:
+            return _product(grad, ctx.packed.transposed), None, None, None
+        x, weight = ctx.saved_tensors
+        d_x = _product(grad, weight.T.contiguous()) if ctx.needs_input_grad[0] else None
+        return d_x, grad.T @ x, None, None
+
+def trainable_product(x, weight, bias=None):
+    """F.linear by oneDNN with gradients to x (T, n_in) and weight (n_out, n_in), not to bias."""
+    return _Product.apply(x, weight, bias, None)
+
+def linear(x, weight, bias=None, packed=None):
+    """F.linear of x (T, n_in), weight (n_out, n_in); by oneDNN if packed still is that weight."""
+    if packed and packed.version == weight._version:
+        if not torch.is_grad_enabled():
+            return _product(x, packed.weight, bias)
+        if packed.transposed is not None:
+            return _Product.apply(x, weight, bias, packed)
+    return F.linear(x, weight, bias)
+
+class Linear(nn.Linear):
+    packed = None                           # a PackedWeight after prepack_linear_layers
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias, self.packed)
+
+def _pack(weight, transposed, old):
+    """PackedWeight of weight (n_out, n_in): the old one if it still serves."""
+    if old and old.version == weight._version and (old.transposed is not None or not transposed):
+        return old
+    reorder, weight_ = torch.ops.mkldnn._reorder_linear_weight, weight.detach()
+    back = reorder(weight_.T.contiguous(), 64) if transposed else None
+    return PackedWeight(weight._version, reorder(weight_, 64), back)
+
+def prepack_linear_layers(model, train=False):
+    """Pack the frozen Linear layers of a model on a CPU and its head, which goes to packed_head.
+
+    train: also for the backward pass. Nothing happens on a GPU, without oneDNN, or if the copies
+    would take more than a quarter of the machine's memory."""
+    if model.device.type != "cpu":
+        return
+    torch.empty(31 << 20, dtype=torch.uint8)    # makes glibc keep 62 MB of freed memory: 5% faster
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    copies = (1 + train) * sum(p.nbytes for p in model.parameters())
+    supported = model.head.dtype in (torch.bfloat16, torch.float32)
+    if copies > memory / 4 or not supported or not torch.backends.mkldnn.is_available():
+        return
+    model.packed_head = _pack(model.head, False, model.packed_head)
+    for m in model.modules():
+        if isinstance(m, Linear) and not m.weight.requires_grad:
+            m.packed = _pack(m.weight, train, m.packed)

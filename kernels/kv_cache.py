@@ -1,0 +1,164 @@
+"""Where the sampler keeps keys and values: slots on a CPU, blocks of tokens on a GPU.
+
+    cache.allocate(slot, blocks)                        # a slot is a place for one sequence
+    cache.upload_block_table()                          # allocations and swaps hold from here on
+    cache.writer(slots, positions)(layer, k, v)         # store k, v (n, Hkv, d) of n tokens
+    cache.attention(context_lens, max_context_len)(layer, q)    # q (n, H, d) of the first n slots
+    cache.swap(source, slot, length)                    # source is freed next
+    cache.free(slot)
+"""
+import math
+import mmap
+
+import torch
+
+from paged_attention import paged_attention, quantize_kv
+
+def _lazy_zeros(shape, dtype):
+    """Zeros on a CPU that take memory when first written to: a slot costs what a sequence needs."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+def _weighted_sums(table, rows, starts, weights):
+    """Sums (B, d) of weight * table[row] over B segments of rows (n,) that begin at starts (B,).
+
+    A layer for bags of words reads a table (N, d) at the memory's speed on a CPU. A batched product
+    with one or two rows on the left takes up to six times as long."""
+    return torch.embedding_bag(table, rows, starts, False, 0, False, weights.reshape(-1))[0]
+
+class ContiguousKVCache:
+    """The cache on a CPU, for the config of a decoder: each slot has room for max_len tokens.
+
+    A slot is a row of square blocks of d tokens. A block of values has a row for each token, a
+    block of keys a row for each dimension. Scores are sums of rows of keys weighted by the query,
+    outputs sums of rows of values weighted by the softmax; both use the same row numbers."""
+
+    free_blocks = ()
+
+    def __init__(self, config, slots, max_len, dtype):
+        self.d, self.heads = config.head_dim, config.num_attention_heads
+        self.group = self.heads // config.num_key_value_heads
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads,
+                 -(-max_len // self.d), self.d, self.d)
+        self.k, self.v = _lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype)
+
+    def writer(self, slots, positions):
+        """Return write(layer, k, v), which stores n tokens at positions (n,) of slots (n,)."""
+        block, place = positions // self.d, positions % self.d
+
+        def write(layer, k, v):
+            self.k[layer][slots, :, block, :, place] = k
+            self.v[layer][slots, :, block, place] = v
+        return write
+
+    def attention(self, context_lens, max_context_len=None):
+        """Return attend(layer, q) for the first n slots, which hold context_lens (n,) >= 1 tokens.
+
+        Slots of similar length are computed together; max_context_len is not used."""
+        d, batches = self.d, []
+        by_length = context_lens.argsort(descending=True)
+        for slots in by_length.split(max(32, len(context_lens) // 8)):
+            longest, shortest = int(context_lens[slots[0]]), int(context_lens[slots[-1]])
+            blocks = -(-longest // d)
+            heads = (slots[:, None] * self.heads + torch.arange(self.heads)).flatten()  # rows of q
+            first = (heads // self.group * (self.k[0, 0, 0].numel() // d)).int()
+            rows = (first[:, None] + torch.arange(blocks * d, dtype=torch.int32)).flatten()
+            starts = torch.arange(0, len(rows), d, dtype=torch.int32)
+            unseen = torch.arange(shortest, blocks * d) >= context_lens[slots, None]
+            batches.append((heads, heads.repeat_interleave(blocks), rows, starts,
+                            starts[::blocks].contiguous(), shortest,
+                            unseen.repeat_interleave(self.heads, 0)))
+
+        def attend(layer, q):
+            k, v = self.k[layer].view(-1, d), self.v[layer].view(-1, d)
+            q = (q / math.sqrt(d)).view(-1, d)
+            out = torch.empty_like(q)
+            for heads, head_of_block, rows, blocks, sequences, shortest, unseen in batches:
+                scores = _weighted_sums(k, rows, blocks, q.index_select(0, head_of_block))
+                scores = scores.view(len(heads), -1)                    # (heads, tokens)
+                scores[:, shortest:].masked_fill_(unseen, float("-inf"))
+                out.index_copy_(0, heads, _weighted_sums(v, rows, sequences, scores.softmax(-1)))
+            return out.view(-1, self.heads, d)
+        return attend
+
+    def swap(self, source, slot, length):
+        """Copy the first length tokens of source to slot."""
+        blocks = -(-length // self.d)
+        for x in (self.k, self.v):
+            x[:, slot, :, :blocks] = x[:, source, :, :blocks]
+
+    def allocate(self, *args):
+        """Do nothing, like free and upload_block_table: a slot always has all of its memory."""
+
+    free = upload_block_table = allocate
+
+class PagedKVCache:
+    """The cache on a GPU: a sequence holds as many blocks as it needs, see paged_attention.py.
+
+    max_blocks: of one sequence, of block_size tokens each. num_blocks: in all; block 0 is for slots
+    without a sequence. int8: one byte per number, and one fp32 scale per token and head."""
+
+    def __init__(self, config, slots, max_blocks, dtype, device, num_blocks, block_size, int8):
+        self.block_size = block_size
+        shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads,
+                 config.head_dim)
+        self.k = torch.zeros(shape, dtype=torch.int8 if int8 else dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        self.k_scale = self.v_scale = [None] * config.num_hidden_layers
+        if int8:
+            self.k_scale, self.v_scale = torch.zeros(2, *shape[:-1], device=device)
+        self.free_blocks = list(range(1, num_blocks))
+        self.slot_blocks = [[] for _ in range(slots)]
+        self.host_table = torch.zeros(slots, max_blocks, dtype=torch.int32)
+        self.block_table = self.host_table.to(device, copy=True)
+
+    @staticmethod
+    def block_bytes(config, block_size, dtype, int8):
+        """Memory of one block."""
+        head_bytes = config.head_dim + 4 if int8 else config.head_dim * dtype.itemsize
+        return 2 * config.num_hidden_layers * block_size * config.num_key_value_heads * head_bytes
+
+    def writer(self, slots, positions):
+        """Return write(layer, k, v), which stores n tokens at positions (n,) of slots (n,)."""
+        block = self.block_table[slots, positions // self.block_size].long()
+        offset = positions % self.block_size
+
+        def write(layer, k, v):
+            for cache, scale, x in ((self.k, self.k_scale, k), (self.v, self.v_scale, v)):
+                if scale[layer] is not None:
+                    x, scale[layer][block, offset] = quantize_kv(x)
+                cache[layer][block, offset] = x
+        return write
+
+    def attention(self, context_lens, max_context_len):
+        """Return attend(layer, q) for the first n slots, which hold context_lens (n,) >= 1 tokens.
+
+        max_context_len: int, no entry of context_lens is larger."""
+        def attend(layer, q):
+            return paged_attention(
+                q, self.k[layer], self.v[layer], self.block_table[:len(q)], context_lens,
+                max_context_len, self.k_scale[layer], self.v_scale[layer])
+        return attend
+
+    def allocate(self, slot, blocks):
+        """Let a slot own that many blocks in all; the caller knows that enough are free."""
+        owned = self.slot_blocks[slot]
+        while len(owned) < blocks:
+            self.host_table[slot, len(owned)] = self.free_blocks[-1]
+            owned.append(self.free_blocks.pop())
+
+    def swap(self, source, slot, length):
+        """Exchange the sequences of two slots."""
+        owned, table = self.slot_blocks, self.host_table
+        owned[slot], owned[source] = owned[source], owned[slot]
+        table[[slot, source]] = table[[source, slot]]
+
+    def free(self, slot):
+        """Take back the blocks of a slot."""
+        self.free_blocks += self.slot_blocks[slot]
+        self.slot_blocks[slot] = []
+        self.host_table[slot] = 0
+
+    def upload_block_table(self):
+        """Copy the block table to the GPU."""
+        self.block_table.copy_(self.host_table)

@@ -1,0 +1,397 @@
+"""Linear head, cross-entropy and forward KL to a reference in one operation that stores no logits.
+
+    L_i = w_i * (-log p_i(y_i)) + lambda_i * KL(p_ref,i || p_i)        p = softmax(z), z = h W^T
+
+    loss = linear_ce_kl(hidden, head, targets)                                  # (N,) cross-entropy
+    loss = linear_ce_kl(hidden, head, targets, ce_weight, ref_hidden, kl_weight)
+
+Let c be any shift near the largest logit, x = z - c, S = sum_j exp(x_j), g(h) = softmax(h W^T) W.
+
+    -log p(y) = log S - x_y                                            dL/dh = g(h) - W_y
+    KL        = sum_j p_ref,j (x_ref,j - x_j) + log S - log S_ref      dL/dh = g(h) - g(h_ref)
+
+One GEMM makes the logits tile by tile. Its epilogue stores e = exp(x) in the dtype of h (bf16 or
+fp32) and sums of each row in fp32. A second GEMM makes e W. That is 4VD FLOP per token, all that a
+frozen head needs. No logit and no log-softmax is stored. Why this is safe and exact:
+
+* The shift c is the target's own logit, so no pass is spent on the maximum. Each tile stores the
+  largest x. A row whose largest x is beyond MARGIN is computed again with its largest logit as c.
+* bf16 has the range of fp32, so e may be large. e W is divided by the sum of the *rounded* e: the
+  rounding errors that remain sum to zero over the vocabulary.
+* Near the reference g(h) - g(h_ref) is a small difference of large vectors. The epilogue has both
+  logits, each less its own shift, so it stores d = e - alpha e_ref and e_ref. alpha is 1 for rows
+  near the reference and 0 for the others. With D = d W, E = e_ref W, R the sums of the rounded
+  values and R_s = R_d + alpha R_ref,
+      g(h) = (D + alpha E) / R_s             g(h) - g(h_ref) = (D - (R_d / R_ref) E) / R_s
+  The rounding error is now relative to the difference of the distributions. A shift of all logits,
+  which the KL does not see, cancels. A student equal to the reference has d = 0: its loss and
+  gradient are exactly zero. alpha is guessed from the target's two logits; a row for which
+  S_ref / S and the KL say otherwise is computed again.
+* The forward pass keeps the gradient to h of each token; the backward pass scales it. For a trained
+  head the backward pass recomputes the logits with the known log S: dW = dz^T h, summed in fp32.
+* No atomics, no clamping, int64 offsets: nan and inf reach the loss and the gradient of their row.
+
+Prior art, for the ideas: mgmalek/efficient_cross_entropy (gradient in the forward pass),
+apple/ml-cross-entropy (log sum in the epilogue), Liger-Kernel (chunks),
+jonathanc.net/blog/kl-cache-trick (g carries the teacher of the KL).
+"""
+import torch
+from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:         # CPU builds of torch come without it
+    triton = None
+
+torch.zeros(1).exp()    # MKL picks its accuracy in the first call; two threads at once got 12 bits
+
+IGNORE = -100           # targets with this value have no loss
+INTERPRET = False       # tests send CPU tensors through the kernel, see tests/tools/interpreter.py
+GPU_BUFFER = 720e6      # bytes for e and the kept gradient: 2048 rows at V = 151936, D = 1024
+CPU_ROWS = 256          # rows of logits at a time on a CPU: 156 MB at V = 151936
+MARGIN = 44.0           # nats, about 2^64: e W and its sums stay far below bf16's largest, 2^127
+FAR = 3.0               # largest S_ref / S with alpha = 1: the rounding error of e grows with it
+NEAR = 0.1              # nats of KL below which alpha = 0 costs accuracy
+
+def _plain_dlogits(head, ref_head, hidden, targets, ce_weight, ref_hidden, kl_weight):
+    """The definition, in fp32: the loss (n,) of n tokens and the gradient to the logits (n, V).
+
+    head, ref_head (V, D); hidden, ref_hidden (n, D) or None; the others (n,)."""
+    targets = targets[:, None]
+    x = hidden @ head.T                                                         # (n, V)
+    x -= x.amax(1, keepdim=True)
+    x_target = x.gather(1, targets)[:, 0]
+    if ref_hidden is None:
+        dlogits = x.exp_()
+        total = dlogits.sum(1)
+        loss = ce_weight * (total.log() - x_target)
+        dlogits *= (ce_weight / total)[:, None]
+    else:
+        x_ref = ref_hidden @ ref_head.T
+        x_ref -= x_ref.amax(1, keepdim=True)
+        e_ref = x_ref.exp()
+        x_ref -= x
+        dlogits = x.exp_()
+        total, total_ref = dlogits.sum(1), e_ref.sum(1)
+        kl = x_ref.mul_(e_ref).sum(1) / total_ref + (total / total_ref).log()
+        loss = ce_weight * (total.log() - x_target) + kl_weight * kl
+        dlogits *= ((ce_weight + kl_weight) / total)[:, None]
+        dlogits -= e_ref.mul_((kl_weight / total_ref)[:, None])
+    return loss, dlogits.scatter_add_(1, targets, -ce_weight[:, None])
+
+if triton is not None:
+    @triton.jit(do_not_specialize=["N"])        # N varies from call to call and only masks
+    def _head_kernel(
+        hidden_ptr, ref_hidden_ptr, head_ptr, ref_head_ptr, target_ptr, shift_ptr, out_ptr,
+        stat_ptr, target_logit_ptr, N, V, head_stride, ref_head_stride, out_stride,
+        D: tl.constexpr, REF: tl.constexpr, REF_HEAD: tl.constexpr, MODE: tl.constexpr,
+        BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+    ):
+        """One tile (BN, BV) of the logits of the student and, with REF, of the reference.
+
+        hidden, ref_hidden (N, D); head, ref_head (V, D), REF_HEAD: they differ; target (N,) int32.
+        MODE "loss": from shift (3, N) = c, c_ref, alpha to the target's logit (N,) and stat (3 or
+            7, tiles, N): sums of e and of the rounded d, maxima of x; with REF also sums of e_ref
+            and of the rounded e_ref, maxima of x_ref, sums of e_ref (x_ref - x).
+        MODE "grad": also to out (N or 2N, V), d and with REF e_ref below it.
+        MODE "dlogits": from shift (6, N) = c, c_ref, log S, log S_ref, ce_weight, kl_weight to
+            out (N, V), the gradient to the logits."""
+        row_blocks = tl.cdiv(N, BN)             # neighbours share a tile of the head in the cache
+        tile = tl.program_id(0) // row_blocks
+        rows = (tl.program_id(0) % row_blocks) * BN + tl.arange(0, BN)
+        cols = tile * BV + tl.arange(0, BV)
+        ks = tl.arange(0, BD)
+        row = tl.minimum(rows, N - 1).to(tl.int64)      # past the edge: reads the last row ...
+        col = tl.minimum(cols, V - 1).to(tl.int64)      # ... and writes nothing
+        hidden_ptrs = hidden_ptr + row[:, None] * D + ks[None, :]
+        ref_hidden_ptrs = ref_hidden_ptr + row[:, None] * D + ks[None, :]
+        head_ptrs = head_ptr + col[:, None] * head_stride + ks[None, :]
+        ref_head_ptrs = ref_head_ptr + col[:, None] * ref_head_stride + ks[None, :]
+        z = tl.zeros((BN, BV), tl.float32)
+        z_ref = tl.zeros((BN, BV), tl.float32)
+        for k in range(0, D, BD):
+            inside = (ks[None, :] < D - k) | (D % BD == 0)      # no mask where BD divides D
+            h = tl.load(hidden_ptrs + k, mask=inside, other=0.0)
+            w = tl.trans(tl.load(head_ptrs + k, mask=inside, other=0.0))
+            z = tl.dot(h, w, z, input_precision="ieee")
+            if REF:
+                if REF_HEAD:
+                    w = tl.trans(tl.load(ref_head_ptrs + k, mask=inside, other=0.0))
+                h = tl.load(ref_hidden_ptrs + k, mask=inside, other=0.0)
+                z_ref = tl.dot(h, w, z_ref, input_precision="ieee")
+        if (tile + 1) * BV > V:                 # the last tile; finite, so that 0 * x stays 0
+            z = tl.where(cols[None, :] < V, z, -1e30)
+            z_ref = tl.where(cols[None, :] < V, z_ref, -1e30)
+
+        target = tl.load(target_ptr + row)
+        is_target = cols[None, :] == target[:, None]
+        x = z - tl.load(shift_ptr + row)[:, None]
+        x_ref = z_ref - tl.load(shift_ptr + N + row)[:, None]
+        out_ptrs = out_ptr + row[:, None] * out_stride + cols[None, :]
+        in_rows = rows < N
+        in_out = in_rows[:, None] & (cols[None, :] < V)
+        if MODE == "dlogits":
+            p = tl.exp(x - tl.load(shift_ptr + 2 * N + row)[:, None])
+            ce_weight = tl.load(shift_ptr + 4 * N + row)[:, None]
+            dlogits = ce_weight * (p - tl.where(is_target, 1.0, 0.0))
+            if REF:
+                p_ref = tl.exp(x_ref - tl.load(shift_ptr + 3 * N + row)[:, None])
+                dlogits += tl.load(shift_ptr + 5 * N + row)[:, None] * (p - p_ref)
+            tl.store(out_ptrs, dlogits.to(out_ptr.dtype.element_ty), mask=in_out)
+        else:
+            here = (target >= tile * BV) & (target < (tile + 1) * BV)
+            if tl.max(here.to(tl.int32), 0) > 0:                # few tiles hold a target
+                target_logit = tl.sum(tl.where(is_target, z, 0.0), 1)
+                tl.store(target_logit_ptr + rows, target_logit, mask=here & in_rows)
+            slot = tl.num_programs(0).to(tl.int64) // row_blocks * N
+            sum_ptrs = stat_ptr + tile.to(tl.int64) * N + rows
+            rounded_sum_ptrs = sum_ptrs + slot
+            max_ptrs = sum_ptrs + 2 * slot
+            tl.store(max_ptrs, tl.max(x, 1), mask=in_rows)
+            e = tl.exp(x)
+            tl.store(sum_ptrs, tl.sum(e, 1), mask=in_rows)
+            if REF:
+                ref_sum_ptrs = sum_ptrs + 3 * slot
+                ref_rounded_sum_ptrs = sum_ptrs + 4 * slot
+                ref_max_ptrs = sum_ptrs + 5 * slot
+                cross_sum_ptrs = sum_ptrs + 6 * slot
+                tl.store(ref_max_ptrs, tl.max(x_ref, 1), mask=in_rows)
+                e_ref = tl.exp(x_ref)
+                tl.store(ref_sum_ptrs, tl.sum(e_ref, 1), mask=in_rows)
+                tl.store(cross_sum_ptrs, tl.sum(e_ref * (x_ref - x), 1), mask=in_rows)
+                e -= tl.load(shift_ptr + 2 * N + row)[:, None] * e_ref
+            if MODE == "grad":
+                e = e.to(out_ptr.dtype.element_ty)
+                tl.store(out_ptrs, e, mask=in_out)
+                tl.store(rounded_sum_ptrs, tl.sum(e.to(tl.float32), 1), mask=in_rows)
+                if REF:
+                    e_ref = e_ref.to(out_ptr.dtype.element_ty)
+                    ref_out_ptrs = out_ptr + (row + N)[:, None] * out_stride + cols[None, :]
+                    tl.store(ref_out_ptrs, e_ref, mask=in_out)
+                    tl.store(ref_rounded_sum_ptrs, tl.sum(e_ref.to(tl.float32), 1), mask=in_rows)
+
+def _launch(mode, head, ref_head, hidden, targets, ref_hidden, shift):
+    """Run the kernel, see there, without a reference if ref_hidden is None.
+
+    Returns out (meaningless for mode "loss"), stat and the target's logit (N,), which is nan for a
+    target that is no column."""
+    N, V, device, ref = len(hidden), len(head), hidden.device, ref_hidden is not None
+    ref_has_own_head = ref and ref_head.data_ptr() != head.data_ptr()
+    if hidden.dtype == torch.float32:                           # on CUDA cores, not in TF32
+        BN, BV, BD, num_warps, num_stages = 64, 64, 32, 4, 3
+    elif hidden.is_cuda and torch.cuda.get_device_properties(
+            device).shared_memory_per_block_optin <= 2**17:     # consumer cards have 99 kB
+        BN, BV, BD, num_warps, num_stages = 64 if ref else 128, 128, 32, 8, 4
+    else:       # A100, H100: 147 kB of operands; an A100 has no registers for 128 rows of two heads
+        BN, BV = 64 if ref_has_own_head else 128, 128 if ref else 256
+        BD, num_warps, num_stages = 64, 8, 3
+    out = target_logit = torch.full((N,), float("nan"), device=device)
+    if mode != "loss":                                          # rows aligned for the next GEMM
+        out_rows = 2 * N if ref and mode == "grad" else N
+        out = hidden.new_empty(out_rows, -(-V // 64) * 64)[:, :V]
+    tiles = triton.cdiv(V, BV)
+    stat = torch.empty(7 if ref else 3, tiles, N, device=device)
+    with torch.cuda.device_of(hidden):                          # Triton launches on the current one
+        _head_kernel[(triton.cdiv(N, BN) * tiles,)](
+            hidden, ref_hidden if ref else hidden, head, ref_head, targets.int(), shift, out, stat,
+            target_logit, N, V, head.stride(0), ref_head.stride(0), out.stride(0),
+            D=hidden.shape[1], REF=ref, REF_HEAD=ref_has_own_head, MODE=mode, BN=BN, BV=BV, BD=BD,
+            num_warps=num_warps, num_stages=num_stages)
+    return out, stat, target_logit
+
+def mm(a, b):
+    """The matrix product a @ b, summed and returned in fp32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+def _kernel_batch(head, ref_head, batch, shift, want_grad):
+    """By the kernel: a batch of n tokens, see _batches, with shift (3, n) or None to guess it.
+
+    Returns the loss (n,), its gradient to hidden (n, D) in fp32 or None, norm (4, n) = c, c_ref,
+    log S, log S_ref, and which tokens (n,) to compute again with which shift (3, n)."""
+    hidden, targets, ce_weight, ref_hidden, kl_weight = batch
+    head_target = head[targets]                         # (n, D)
+    if shift is None:           # in fp32: rounded products would put a shift between c and c_ref
+        c = (hidden.float() * head_target).sum(1)
+        c_ref = c if ref_hidden is None else (ref_hidden.float() * ref_head[targets]).sum(1)
+        shift = torch.stack((c, c_ref, ((c - c_ref).abs() <= 4).float()))
+    c, c_ref, alpha = shift
+    mode = "grad" if want_grad else "loss"
+    out, stat, target_logit = _launch(mode, head, ref_head, hidden, targets, ref_hidden, shift)
+    S, R, _, *ref_sums = stat.sum(1)                    # each (n,)
+    S_ref, kl = S, torch.zeros_like(S)
+    if ref_hidden is not None:
+        S_ref, R_ref, _, cross = ref_sums
+        kl = cross / S_ref + (S / S_ref).log()
+    loss = ce_weight * (S.log() - (target_logit - c)) + kl_weight * kl
+    largest = stat[2::3].amax(1)                        # (1 or 2, n), of x and of x_ref
+    far_off = (largest.isfinite() & (largest.abs() > MARGIN)).any(0)
+    wrong_alpha = torch.where(alpha > 0, S_ref > FAR * S, (S_ref < FAR * S) & (kl < NEAR))
+    again = far_off | want_grad & wrong_alpha
+    grad = None
+    if want_grad:
+        grad = mm(out, head)                            # D, and E below it
+        if ref_hidden is None:
+            grad *= (ce_weight / R)[:, None]
+        else:
+            grad, E = grad.split(len(hidden))
+            R_s = R + alpha * R_ref
+            grad *= ((ce_weight + kl_weight) / R_s)[:, None]
+            grad.addcmul_(E, ((ce_weight * alpha - kl_weight * R / R_ref) / R_s)[:, None])
+        grad.addcmul_(head_target, ce_weight[:, None], value=-1)
+    norm = torch.stack((c, c_ref, S.log(), S_ref.log()))
+    alpha = (alpha - wrong_alpha.float()).abs()
+    shift = torch.stack((c + largest[0], c_ref + largest[-1], alpha))
+    return loss, grad, norm, again, shift
+
+# Autograd and the entry point. `inputs` are hidden (N, D), targets (N,), ce_weight (N,), ref_hidden
+# (N, D) or None and kl_weight (N,). Both heads are (V, D), of one dtype.
+
+def _batches(use_kernel, head, inputs, todo=True):
+    """Split the tokens that have a loss and are in the mask todo (N,): first those without a KL.
+
+    Yields their numbers (n,) and their part of the inputs in the dtype of head, ref_hidden None
+    without a KL. So tokens without a loss reach no GEMM and a reference is read where it counts."""
+    hidden, targets, ce_weight, ref_hidden, kl_weight = inputs
+    todo = todo & (targets != IGNORE) & ((ce_weight != 0) | (kl_weight != 0))
+    for with_kl, ref in ((False, None), (True, ref_hidden)):
+        max_rows = CPU_ROWS
+        if use_kernel:      # a token takes V numbers e, h, W_y and e W, all twice with a reference
+            free = max(GPU_BUFFER - hidden.nbytes, GPU_BUFFER / 2)
+            row_bytes = (len(head) + 4 * head.shape[1]) * head.element_size() * (1 + with_kl)
+            max_rows = max(128, int(free / row_bytes) // 128 * 128)
+        rows = (todo & ((kl_weight != 0) == with_kl)).nonzero()[:, 0]
+        for i in rows.split(max_rows) if len(rows) else ():
+            h, r = (t if t is None else t[i].to(head.dtype).contiguous() for t in (hidden, ref))
+            yield i, (h, targets[i].long(), ce_weight[i], r, kl_weight[i])
+
+def _plain(head, ref_head, inputs, want_hidden, want_head):
+    """Without the kernel: the loss (N,) and, where wanted, the gradients to hidden and head."""
+    hidden = inputs[0]
+    loss = hidden.new_zeros(len(hidden), dtype=torch.float32)
+    d_hidden = torch.zeros_like(hidden) if want_hidden else None
+    d_head = torch.zeros_like(head) if want_head else None
+    for i, batch in _batches(False, head, inputs):
+        loss[i], dlogits = _plain_dlogits(head, ref_head, *batch)
+        if want_hidden:
+            d_hidden[i] = (dlogits @ head).to(hidden.dtype)
+        if want_head:
+            d_head.addmm_(dlogits.T, batch[0])
+    return loss, d_hidden, d_head
+
+def _kernel(head, ref_head, inputs, want_hidden):
+    """By the kernel: the loss (N,), the gradient to hidden if wanted, and norm (4, N)."""
+    hidden = inputs[0]
+    loss = hidden.new_zeros(len(hidden), dtype=torch.float32)
+    norm, shift = loss.repeat(4, 1), loss.repeat(3, 1)
+    d_hidden = torch.zeros_like(hidden) if want_hidden else None
+    todo = True
+    for attempt in range(3):            # with a guess, then with c corrected, then with alpha
+        again = torch.zeros_like(loss, dtype=torch.bool)
+        for i, batch in _batches(True, head, inputs, todo):
+            known_shift = shift[:, i].contiguous() if attempt else None
+            loss[i], grad, norm[:, i], again[i], shift[:, i] = _kernel_batch(
+                head, ref_head, batch, known_shift, want_hidden)
+            if want_hidden:
+                d_hidden[i] = grad.to(hidden.dtype)
+        todo = again
+        if not todo.any():              # waits for the GPU
+            break
+    return loss, d_hidden, norm
+
+def _kernel_d_head(head, ref_head, inputs, norm):
+    """By the kernel: the gradient to head (V, D) in fp32."""
+    d_head = torch.zeros_like(head, dtype=torch.float32)
+    for i, batch in _batches(True, head, inputs):
+        h, targets, ce_weight, r, kl_weight = batch
+        shift = torch.cat((norm[:, i], ce_weight[None], kl_weight[None]))
+        dlogits = _launch("dlogits", head, ref_head, h, targets, r, shift)[0]
+        if dlogits.is_cuda and dlogits.dtype != torch.float32:
+            torch.addmm(d_head, dlogits.T, h, out_dtype=torch.float32, out=d_head)
+        else:
+            d_head.addmm_(dlogits.T.float(), h.float())
+    return d_head
+
+class _LinearCEKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, use_kernel, head, ref_head, *inputs):
+        _, want_head, _, want_hidden, *_ = ctx.needs_input_grad
+        ctx.use_kernel = use_kernel
+        with torch.autocast(head.device.type, enabled=False):
+            if use_kernel:
+                loss, d_hidden, for_head = _kernel(head, ref_head, inputs, want_hidden)
+            else:
+                loss, d_hidden, for_head = _plain(head, ref_head, inputs, want_hidden, want_head)
+        saved = (for_head, head, ref_head, *inputs) if want_head else ()
+        ctx.save_for_backward(d_hidden, *saved)         # for_head: norm, or d_head of _plain
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        d_hidden, *saved = ctx.saved_tensors
+        d_head = None
+        if d_hidden is not None:                        # out=: multiplied in fp32, then rounded
+            d_hidden = torch.mul(d_hidden, upstream[:, None], out=torch.empty_like(d_hidden))
+        if saved:
+            for_head, head, ref_head, hidden, targets, ce_weight, ref_hidden, kl_weight = saved
+            inputs = hidden, targets, ce_weight * upstream, ref_hidden, kl_weight * upstream
+            with torch.autocast(upstream.device.type, enabled=False):
+                if ctx.use_kernel:
+                    d_head = _kernel_d_head(head, ref_head, inputs, norm=for_head)
+                elif (upstream == upstream[:1]).all():  # a mean or a sum: no need to repeat
+                    d_head = for_head * upstream[:1].sum()
+                else:
+                    d_head = _plain(head, ref_head, inputs, False, True)[2]
+        return None, d_head, None, d_hidden, None, None, None, None
+
+def _in_rows(head, dtype):
+    """head in dtype, each row contiguous."""
+    head = head.to(dtype)
+    return head if head.stride(1) == 1 else head.contiguous()
+
+def linear_ce_kl(hidden, head, targets, ce_weight=None, ref_hidden=None, kl_weight=None,
+                 ref_head=None):
+    """Weighted cross-entropy and KL(reference || student) of each token: (N,) fp32, not normalized.
+
+    Args:
+        hidden: (N, D) bf16 or fp32, last hidden states of the student.
+        head: (V, D) bf16 or fp32, of the student and, as a constant, of the reference.
+        targets: (N,) integers. A token with target -100, or with both weights 0, has no loss, no
+            gradient and no cost.
+        ce_weight, kl_weight: (N,) of any sign; None for 1 and for 0.
+        ref_hidden: (N, D) hidden states of the reference, read where kl_weight is not 0.
+        ref_head: (V, D) head of the reference if it is not that of the student.
+
+    Differentiates with respect to hidden, and to head if it requires a gradient, once. All else is
+    constant. Computes in the wider dtype of hidden and head with sums in fp32; on a CPU in fp32.
+    Raises ValueError if shapes or dtypes do not fit, or if a kl_weight that is not 0 comes without
+    ref_hidden or ref_hidden without kl_weight."""
+    N, D = hidden.shape
+    for name, t, shape in (
+            ("head", head, (len(head), D)), ("targets", targets, (N,)),
+            ("ce_weight", ce_weight, (N,)), ("ref_hidden", ref_hidden, (N, D)),
+            ("kl_weight", kl_weight, (N,)), ("ref_head", ref_head, head.shape)):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{name} is {tuple(t.shape)}, hidden {N, D} needs {tuple(shape)}")
+    dtypes = hidden.dtype, head.dtype
+    if set(dtypes) - {torch.bfloat16, torch.float32} or targets.is_floating_point():
+        raise ValueError(f"hidden and head are {dtypes}, targets {targets.dtype}; needs bfloat16 "
+                         "or float32, and integers")
+    has_kl = kl_weight is not None and (ref_hidden is not None or (kl_weight != 0).any())
+    if has_kl != (ref_hidden is not None):
+        raise ValueError("ref_hidden and kl_weight need each other")
+    use_kernel = triton is not None and (hidden.is_cuda or INTERPRET)
+    dtype = torch.promote_types(*dtypes) if use_kernel else torch.float32
+    zeros = hidden.new_zeros(N, dtype=torch.float32)
+    ce_weight = zeros + 1 if ce_weight is None else ce_weight.detach().float()
+    kl_weight = zeros if kl_weight is None else kl_weight.detach().float()
+    ref_hidden = ref_hidden if ref_hidden is None else ref_hidden.detach()
+    if not torch.is_grad_enabled():                     # then no gradient is prepared
+        hidden, head = hidden.detach(), head.detach()
+    head = _in_rows(head, dtype)
+    ref_head = (head if ref_head is None else _in_rows(ref_head, dtype)).detach()
+    return _LinearCEKL.apply(
+        use_kernel, head, ref_head, hidden, targets, ce_weight, ref_hidden, kl_weight)

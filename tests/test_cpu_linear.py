@@ -1,0 +1,88 @@
+"""kernels/cpu_linear.py: what oneDNN computes from packed weights, and when a packed weight is used."""
+import pytest
+import torch
+from torch import nn
+
+import cpu_linear
+from cpu_linear import Linear, linear, prepack_linear_layers, trainable_product
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+class Model(nn.Module):
+    """Two layers and a head, as much as prepack_linear_layers asks of a model; the second layer is trained."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.frozen, self.trained = Linear(48, 80, dtype=dtype), Linear(80, 48, bias=False, dtype=dtype)
+        self.head, self.packed_head = nn.Parameter(torch.randn(100, 48, dtype=dtype)), None
+        self.device = torch.device("cpu")
+        self.frozen.requires_grad_(False)
+
+
+def close(a, b, dtype):
+    torch.testing.assert_close(a, b, **(dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)))
+
+
+@DTYPES
+def test_packed_products_and_their_gradients(dtype):
+    torch.manual_seed(0)
+    model, x = Model(dtype), torch.randn(30, 48, dtype=dtype)
+    want = nn.functional.linear(x, model.frozen.weight, model.frozen.bias)
+    prepack_linear_layers(model)
+    assert model.frozen.packed and model.packed_head and model.trained.packed is None
+    with torch.no_grad():
+        close(model.frozen(x), want, dtype)
+        close(linear(x, model.head, packed=model.packed_head), x @ model.head.T, dtype)
+    grads = []
+    for train in (False, True):                             # without and with the transposed weight
+        prepack_linear_layers(model, train)
+        assert (model.frozen.packed.transposed is not None) == train
+        y = x.clone().requires_grad_()
+        out = model.frozen(y)
+        close(out, want, dtype)
+        grads += torch.autograd.grad(out.float().square().sum(), y)
+    close(*grads, dtype)
+
+
+@DTYPES
+def test_trainable_product(dtype):
+    torch.manual_seed(0)
+    results = []
+    for product in (trainable_product, nn.functional.linear):
+        torch.manual_seed(0)
+        x, weight, bias = (torch.randn(*shape, dtype=dtype) for shape in ((30, 48), (80, 48), (80,)))
+        x.requires_grad_(), weight.requires_grad_()
+        out = product(x, weight, bias)
+        results.append((out, *torch.autograd.grad(out, (x, weight), torch.linspace(-1, 1, 30 * 80, dtype=dtype).view(30, 80))))
+    for a, b in zip(*results):
+        close(a, b, dtype)
+
+
+def test_a_weight_that_changed_is_not_taken_from_the_pack():
+    model, x = Model(torch.float32), torch.randn(30, 48)
+    prepack_linear_layers(model)
+    old = model.frozen.packed
+    prepack_linear_layers(model)
+    assert model.frozen.packed is old                       # nothing to do
+    with torch.no_grad():
+        model.frozen.weight.mul_(2)
+        torch.testing.assert_close(model.frozen(x), nn.functional.linear(x, model.frozen.weight, model.frozen.bias), rtol=0, atol=0)
+    prepack_linear_layers(model)
+    assert model.frozen.packed.version == model.frozen.weight._version != old.version
+
+
+@pytest.mark.parametrize("reason", ["a GPU", "too little memory", "dtype", "no oneDNN"])
+def test_when_nothing_is_packed(reason, monkeypatch):
+    model = Model(torch.float64 if reason == "dtype" else torch.float32)
+    if reason == "a GPU":
+        model.device = torch.device("cuda")
+    if reason == "too little memory":                       # the copies of all parameters would be just above a quarter of it
+        pages = 4 * sum(p.nbytes for p in model.parameters()) - 1
+        monkeypatch.setattr(cpu_linear.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}.get)
+    if reason == "no oneDNN":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    prepack_linear_layers(model)
+    assert model.frozen.packed is None and model.packed_head is None
+    with torch.no_grad():
+        assert model.frozen(torch.randn(3, 48, dtype=model.head.dtype)).shape == (3, 80)

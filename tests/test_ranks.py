@@ -1,0 +1,118 @@
+"""Several processes train one model: torchrun's ranks."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, call, rows_of
+from safetensors.torch import load_file, save_file
+
+from data.chat import encode_parts
+from data.run_record import read_run
+from thinksafe import load_tokenizer
+
+pytestmark = pytest.mark.trust
+
+
+def ok(script, *flags):
+    done = call(script, *flags)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def training_rows(path, n=40):
+    """Rows of all four labels, of different lengths."""
+    with open(ROOT / "tiny" / "prompts.jsonl", encoding="utf-8") as f:
+        prompts = [json.loads(line) for line in f][::1200 // n][:n]
+    path.write_text("".join(json.dumps({**row, "response": f"<think>\n{row['instruction']} {'Why? ' * (i % 7)}\n</think>\n\nNo, {i}."}) + "\n"
+                            for i, row in enumerate(prompts)))
+    return path
+
+
+def torchrun(n, *flags):
+    """torchrun train.py in its own session -> Popen."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(ROOT / "train.py"),
+                             *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def same_training(a, b):
+    """Metrics and weights within 1e-5."""
+    rows, others = rows_of(a / "metrics.jsonl"), rows_of(b / "metrics.jsonl")
+    assert len(rows) == len(others) and [r["tokens"] for r in rows] == [r["tokens"] for r in others]
+    for key in ("loss", "ce", "kl", "grad_norm", "lr"):
+        torch.testing.assert_close(torch.tensor([r[key] for r in rows]), torch.tensor([r[key] for r in others]), atol=1e-5, rtol=1e-5)
+    assert sum(r["ce"] > 1e-3 and r["kl"] > 1e-5 for r in rows) > 5                   # both are at work, in the same steps
+    weights, its = (load_file(f / "model" / "adapter_model.safetensors") for f in (a, b))
+    assert weights.keys() == its.keys()
+    for name in weights:
+        torch.testing.assert_close(weights[name], its[name], atol=1e-5, rtol=1e-5)
+
+
+def test_two_ranks_train_as_one_process_does_also_when_one_was_killed(tries, tmp_path):
+    """Ten steps of cross-entropy and KL, the last with one row; then once more with rank 1 killed, and gone on with by one process and by two."""
+    flags = ["--model", "tiny", "--data", training_rows(tmp_path / "rows.jsonl", 37), "--kl", "--epochs", 2, "--batch-size", 9, "--save-every", 1]
+    one, two, stopped = (tmp_path / name for name in ("one", "two", "stopped"))
+    ok("train.py", "--out", one, *flags)
+    assert len(rows_of(one / "metrics.jsonl")) == 10
+    job = torchrun(2, "--out", two, *flags)
+    said = job.communicate(timeout=250)[0]
+    assert job.returncode == 0, said
+    assert said.count('"stage": "train"') == 1 and read_run(two)["train"]["finished"]           # rank 0 alone speaks
+    with tries("comparison"):
+        same_training(one, two)
+
+    job = torchrun(2, "--out", stopped, *flags)
+    metrics = stopped / "metrics.jsonl"
+    while job.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < 2):
+        time.sleep(0.005)
+    ranks = {}
+    for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
+        env = dict(pair.partition(b"=")[::2] for pair in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+        ranks[env.get(b"RANK")] = int(pid)
+    with tries("fault"):
+        os.kill(ranks[b"1"], signal.SIGKILL)
+        said = job.communicate(timeout=120)[0]
+        assert job.returncode != 0 and "rank      : 1 (local_rank: 1)\n  exitcode  : -9" in said      # torchrun says who was killed
+        assert not read_run(stopped)["train"]["finished"] and not (stopped / "model").exists()
+        assert 2 <= len(rows_of(metrics)) < 10
+        shutil.copytree(stopped, tmp_path / "resumed")
+        ok("train.py", "--out", stopped, *flags)
+        same_training(one, stopped)
+
+        job = torchrun(2, "--out", tmp_path / "resumed", *flags)
+        said = job.communicate(timeout=250)[0]
+        assert job.returncode == 0, said
+        same_training(one, tmp_path / "resumed")
+
+
+def test_nan_on_one_rank_stops_all(tries, tmp_path, folders):
+    """One of two rows has a token whose embedding is nan: no rank takes the step, and the rows are named."""
+    model = tmp_path / "model"
+    shutil.copytree(folders("llama_untied_bias")[1], model)
+    tensors = load_file(model / "model.safetensors")
+    token = encode_parts(load_tokenizer(model), "", "%")[0]
+    tensors["model.embed_tokens.weight"][token] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"id": i, "instruction": text, "prompt_label": "vanilla_benign", "response": "<think>\nA\n</think>\n\nB"}) + "\n"
+                            for i, text in (("good", "Hello"), ("bad", "%"))))
+    with tries("fault"):
+        job = torchrun(2, "--out", tmp_path / "out", "--model", model, "--data", data, "--batch-size", 2, "--epochs", 1, "--device", "cpu")
+        said = job.communicate(timeout=120)[0]
+        assert job.returncode != 0 and "error: step 1: loss nan" in said and "stopped before this step was taken. Its rows: " in said
+        assert not (tmp_path / "out" / "checkpoint.pt").exists() and not rows_of(tmp_path / "out" / "metrics.jsonl")
+
+
+def test_what_ranks_refuse(tries, tmp_path, monkeypatch):
+    rows = training_rows(tmp_path / "rows.jsonl", 4)
+    monkeypatch.setenv("WORLD_SIZE", "2")                                       # without torchrun's other variables
+    with tries("fault"):
+        done = call("train.py", "--out", tmp_path / "out", "--model", "tiny", "--data", rows)
+        assert done.returncode == 2 and "start with torchrun" in done.stderr and done.stderr.count("\n") == 1
