@@ -20,6 +20,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -40,56 +41,10 @@ from tiny import world
 FULL = {"reasoning": (8, 32768), "other": (1, 16384)}      # samples per prompt, max_new_tokens
 
 # --------------------------------------------------------------------------------------------------
-# Proportions with 95% intervals, in percent
-
-def wilson(hits, n):
-    """Return Wilson's score interval (low, high) of hits / n. It makes sense at 0 and n too."""
-    if n == 0:
-        return 0.0, 100.0
-    z, p = 1.959964, hits / n
-    scale = 1 + z * z / n
-    middle = (p + z * z / (2 * n)) / scale
-    half = z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
-
-def cluster_robust_interval(problems):
-    """Return the interval of the share of True in lists of bools, one list per problem. The samples
-    of a problem are alike, so this is Wilson's interval at the effective number m of samples:
-    p(1-p)/m is the cluster-robust variance sum_i (hits_i - p n_i)^2 / n^2 of the share. Where p is
-    0 or 1, m is the number of problems."""
-    n, hits, m = sum(map(len, problems)), sum(map(sum, problems)), len(problems)
-    if 0 < hits < n:
-        p = hits / n
-        squares = sum((sum(samples) - p * len(samples)) ** 2 for samples in problems)
-        m = min(n, p * (1 - p) * n * n / squares) if squares else n
-    return wilson(hits / n * m if n else 0, m)
-
-def proportion(problems):
-    """Return the share of True in lists of True, False or None (no verdict), one per problem, as
-    percent (None without any verdict), low, high, n, unknown and problems."""
-    known = [[v for v in samples if v is not None] for samples in problems]
-    known = [samples for samples in known if samples]
-    n, (low, high) = sum(map(len, known)), cluster_robust_interval(known)
-    return {"percent": 100 * sum(map(sum, known)) / n if n else None, "low": low, "high": high,
-            "n": n, "unknown": sum(map(len, problems)) - n, "problems": len(known)}
-
-def mean_of(shares):
-    """Return the mean of independent proportions as one, by Zou and Donner's square-and-add."""
-    counts = {key: sum(x[key] for x in shares) for key in ("n", "unknown", "problems")}
-    percents = [x["percent"] for x in shares]
-    if None in percents:
-        return {"percent": None, "low": 0.0, "high": 100.0, **counts}
-    mean = sum(percents) / len(shares)
-    below = math.hypot(*(x["percent"] - x["low"] for x in shares)) / len(shares)
-    above = math.hypot(*(x["high"] - x["percent"] for x in shares)) / len(shares)
-    return {"percent": mean, "low": mean - below, "high": mean + above, **counts}
-
-# --------------------------------------------------------------------------------------------------
 # Judging
 
 def default_judge(filtered_by, device):
-    """Return the name of a guard that is none of those that filtered the training data: with a GPU
-    a Qwen3Guard, else the model before training."""
+    """Return a Qwen3Guard that did not filter the training data or, without a GPU, "self"."""
     if torch.device(device).type == "cuda":
         for size in ("4b", "0.6b", "8b"):
             if not any(re.search(f"qwen3guard.*{size}", name, re.I) for name in filtered_by):
@@ -97,10 +52,9 @@ def default_judge(filtered_by, device):
     return "self"
 
 def judge_rows(rows, judge, guard, load, threshold=0.5):
-    """Add `unsafe`, `refused`, `solved` and `guard_unsafe` to traces: True, False, or None where it
-    is unknown or was not asked. judge: a guard's name, or "oracle". guard: the name of the one that
-    filtered the data. threshold: the p_unsafe from which that guard says unsafe (a judge: 0.5).
-    load(name) -> Guard: one is in memory at a time."""
+    """Add `unsafe`, `refused`, `solved` and `guard_unsafe` to traces: True, False, or None where
+    unknown or not asked. judge: a guard's name, or "oracle". guard: the one that filtered the data,
+    with the threshold of p_unsafe used there. load(name) -> Guard: one is in memory at a time."""
     for row in rows:
         row.update(unsafe=None, refused=None, solved=None, guard_unsafe=None)
     rows = [row for row in rows if row["finish_reason"] != "prompt_too_long"]
@@ -136,7 +90,49 @@ def judge_rows(rows, judge, guard, load, threshold=0.5):
             advance()
 
 # --------------------------------------------------------------------------------------------------
-# Metrics
+# Metrics: proportions in percent, with 95% intervals
+
+def wilson(hits, n):
+    """Return Wilson's score interval (low, high) of hits / n. It makes sense at 0 and n too."""
+    if n == 0:
+        return 0.0, 100.0
+    z, p = 1.959964, hits / n
+    scale = 1 + z * z / n
+    middle = (p + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+def cluster_robust_interval(problems):
+    """Return the interval of the share of True in lists of bools, one list per problem. The samples
+    of a problem are alike, so this is Wilson's interval at the effective number m of samples:
+    p(1-p)/m is the cluster-robust variance sum_i (hits_i - p n_i)^2 / n^2 of the share. Where p is
+    0 or 1, m is the number of problems."""
+    n, hits, m = sum(map(len, problems)), sum(map(sum, problems)), len(problems)
+    if 0 < hits < n:
+        p = hits / n
+        squares = sum((sum(samples) - p * len(samples)) ** 2 for samples in problems)
+        m = min(n, p * (1 - p) * n * n / squares) if squares else n
+    return wilson(hits / n * m if n else 0, m)
+
+def proportion(problems):
+    """Return the share of True in lists of True, False or None (no verdict), one per problem, as
+    percent (None without any verdict), low, high, n, unknown and problems."""
+    known = [[True] * x.count(True) + [False] * x.count(False) for x in problems]
+    known = [samples for samples in known if samples]
+    n, (low, high) = sum(map(len, known)), cluster_robust_interval(known)
+    return {"percent": 100 * sum(map(sum, known)) / n if n else None, "low": low, "high": high,
+            "n": n, "unknown": sum(map(len, problems)) - n, "problems": len(known)}
+
+def mean_of(shares):
+    """Return the mean of independent proportions as one, by Zou and Donner's square-and-add."""
+    counts = {key: sum(map(itemgetter(key), shares)) for key in ("n", "unknown", "problems")}
+    percents = [x["percent"] for x in shares]
+    if None in percents:
+        return {"percent": None, "low": 0.0, "high": 100.0, **counts}
+    mean = sum(percents) / len(shares)
+    below = math.hypot(*(x["percent"] - x["low"] for x in shares)) / len(shares)
+    above = math.hypot(*(x["high"] - x["percent"] for x in shares)) / len(shares)
+    return {"percent": mean, "low": mean - below, "high": mean + above, **counts}
 
 def metrics(rows):
     """Return {metric: proportion} of judged rows, rounded to .01; see `proportion`."""
@@ -166,6 +162,7 @@ def table(before, after, judge, guard, paper):
     names = ["harm", *(name for name in after if name.startswith("harm_")), "guard_harm",
              "over_refusal", "safety", "pass@1", *(tasks if len(tasks) > 1 else ())]
     lines = [f"{'%, with 95% interval':34}{'before':>22}{'after':>22}{'n':>10}{'no verdict':>12}"]
+    columns = [("before", 16), ("after", 8)] if paper else []
     if paper:
         lines[0] += f"{'paper: before':>16}{'after':>8}"
     for name in names:
@@ -179,22 +176,20 @@ def table(before, after, judge, guard, paper):
             several = n > problems and n % problems == 0
             sizes[f"{problems}x{n // problems}" if several else str(n)] = True
         line += f"{'/'.join(sizes):>10}{before[name]['unknown'] + after[name]['unknown']:>12}"
-        for when, width in ("before", 16), ("after", 8):
-            if paper:
-                percent = paper[when].get(name)
-                line += f"{'-' if percent is None else format(percent, '.1f'):>{width}}"
+        for when, width in columns:
+            percent = paper[when].get(name)
+            line += f"{'-' if percent is None else format(percent, '.1f'):>{width}}"
         lines.append(line)
     if paper:
         lines.append("paper: arXiv 2601.23143v4, after ThinkSafe; all rows, harm judged by "
                      "Llama-Guard-3-8B, refusals by WildGuard")
     if judge == guard:
-        lines.append(f"{judge} also filtered the training data: another --judge is a second opinion")
+        lines.append(f"{judge} filtered the training data; give another --judge for a second view")
     return "\n".join(lines)
 
 def write_figures(out, rows, judge, guard, asked, model):
     """Print the table of judged rows and write out/eval.json -> {"before": {metric: percent}, ...}.
-    asked: eval.json's `prompts` (protocol, left_out, samples and tokens). model: name of the model
-    before training, for the paper's figures."""
+    asked: `prompts` of eval.json. model: the name of the model before training, as on the hub."""
     figures, percents = {}, {}
     for when in ("before", "after"):
         figures[when] = metrics([row for row in rows if row["when"] == when])
@@ -216,8 +211,7 @@ def models_to_compare(args):
     if args.model:
         run = {**read_run(Path(args.model).parent), **run}
     elif not run.get("train", {}).get("finished"):
-        raise InputError(f"{args.out}: train.py has not finished there; run it first, or give "
-                         "--model and --before")
+        raise InputError(f"{args.out}: train.py has not finished there; run it, or give --model")
     before = args.before or run.get("train", {}).get("model")
     if not before:
         raise InputError("--before: which model is this one to be compared with?")
@@ -233,14 +227,13 @@ def parse_args():
     add_model_flags(p)
     g = p.add_argument_group("prompts and judge")
     g.add_argument("--prompts", nargs="+", metavar="NAME", help=f"{', '.join(BENCHMARKS)}, also as "
-                   "NAME=FILE, or files of rows (default: the tiny world's for the tiny student, "
-                   "else all eight that are not gated here)")
+                   "NAME=FILE, or files of rows (default: see above, without those gated here)")
     g.add_argument("--full", action="store_true", help="the paper's protocol: all rows; for "
                    "reasoning 8 samples and 32,768 tokens. Without it a fixed subset and 1 sample")
     g.add_argument("--n", type=positive, help="samples per prompt (default: 1, or as --full says)")
     g.add_argument("--judge", default="auto", help="oracle (of the tiny world), self (the model "
-                   "before training) or any guard of guard.py; auto: the oracle for the tiny student "
-                   "and prompts; with a GPU a Qwen3Guard that did not filter; else self")
+                   "before training) or a guard of guard.py; auto: the oracle for the tiny student "
+                   "and prompts; with a GPU a Qwen3Guard that did not filter the data; else self")
     g.add_argument("--limit", type=positive, help="only the first LIMIT rows of each set or task")
     add_sampling_flags(p)
     add_shard_flag(p)
@@ -254,13 +247,13 @@ def main():
     guard = filtered.get("guard") or default_guard(before)               # of several, the first
     words = args.prompts or ([TINY / "eval.jsonl"] if is_tiny(before) else None)
     prompts, left_out = read_evaluation(words, args.full, args.limit)
-    in_tiny_world, judge = bool(words) and all(map(is_tiny, words)), args.judge
-    if judge == "oracle" and not in_tiny_world:
+    in_tiny_world = bool(words) and all(map(is_tiny, words))
+    if args.judge == "oracle" and not in_tiny_world:
         raise InputError("--judge oracle knows the truth of the tiny world's prompts only")
+    judge = args.judge
     if judge == "auto":
         judge = default_judge(filtered.get("guards", [guard]), args.device)
-        if in_tiny_world and is_tiny(before):
-            judge = "oracle"
+        judge = "oracle" if in_tiny_world and is_tiny(before) else judge
     if any(row["set"] != "reasoning" for row in prompts):
         for name in {judge, guard} - {"oracle"}:     # needed at the end: are they there now?
             guard_format(name, before)
@@ -272,14 +265,12 @@ def main():
     free_memory()
     model, tokenizer = load_model(before, **where)
     if (tokenizer.get_vocab(), template_hash(tokenizer)) != chat_format:
-        raise InputError("the two models have different tokenizers or chat templates and cannot be "
-                         "compared prompt by prompt")
+        raise InputError("models of different tokenizers or chat templates cannot be compared")
     options = sampling_options(args, model, run.get("sample", {}).get("fingerprint"))
     limit = options.pop("max_new_tokens")
-    budget = {kind: (args.n or 1, limit) for kind in FULL}
-    if args.full:
-        budget = {kind: (args.n or n, args.max_new_tokens or limit)
-                  for kind, (n, limit) in FULL.items()}
+    standard = FULL if args.full else dict.fromkeys(FULL, (1, limit))
+    budget = {kind: (args.n or n, args.max_new_tokens or length)
+              for kind, (n, length) in standard.items()}
     asked = {"protocol": "rows of a file", "left_out": left_out, "samples and tokens": budget}
     if any(NAMED.fullmatch(str(word)) for word in words or BENCHMARKS):
         asked["protocol"] = "the paper's" if args.full else "half-hour subset"
@@ -293,7 +284,6 @@ def main():
     prompts = {row["id"]: row for row in prompts if owns(args.shard, row["id"])}
     text = [f"prompts ({asked['protocol']}): {label_counts(prompts.values())}", *left_out.values()]
     print(escape_control_chars("\nleft out: ".join(text)), flush=True)
-
     writer, prefix = RowWriter(stage.path, {**TRACE_KEYS, "when": str}), think_prefix(tokenizer)
     traces = {}
     for row in writer.rows:
@@ -326,10 +316,9 @@ def main():
     del model
     free_memory()
     traces = list(traces.values())
-    def load_judge(name):
+    def load(name):
         return load_guard(f"self={before}" if name == "self" else name, **where)
-    threshold = filtered.get("fingerprint", {}).get("threshold", 0.5)
-    judge_rows(traces, judge, guard, load_judge, threshold)
+    judge_rows(traces, judge, guard, load, filtered.get("fingerprint", {}).get("threshold", 0.5))
     write_rows(stage.path, traces)
     percents = write_figures(args.out, traces, judge, guard, asked, before)
     stage.finish(f"compared {len(prompts)} prompts before and after", args.out / "eval.json",

@@ -35,8 +35,7 @@ from sample_tokens import NOT_FINITE, NOT_FOUND, sample_tokens, uniforms
 class Completion(NamedTuple):
     index: int                       # of the prompt
     tokens: list                     # sampled ids, the closing eos included
-    finish_reason: str               # "stop" (eos), "prompt_too_long", or "length": the token
-                                     # limit, the model's context or the cache is used up
+    finish_reason: str               # stop (eos), length (limit, context, cache), prompt_too_long
     logprobs: list | None            # of the tokens, under softmax(logits / temperature)
 
 @dataclass(eq=False)
@@ -64,7 +63,7 @@ class Sampler:
     has. A step is a CUDA graph, one for each bucket of slots and of context lengths.
 
     kv_bits: 16 (the model's dtype) or 8. num_blocks: the largest number of blocks (default: what
-    fits the GPU's free memory). tokenizer: not used, for callers that are handed a Sampler."""
+    fits the GPU's free memory)."""
 
     def __init__(self, model, tokenizer, max_num_seqs=64, kv_bits=16, block_size=None,
                  num_blocks=None, window=None):
@@ -134,8 +133,6 @@ class Sampler:
         finished = [slot for slot, seq in enumerate(self.running)
                     if len(seq.tokens) == seq.max_tokens or seq.tokens[-1] in self.model.eos_ids]
         return [self._free_slot(slot) for slot in reversed(finished)]    # the last one moves down
-
-    # ---- memory
 
     def _allocate(self):
         """Allocate the cache for the sequences that wait, and what the steps of a window share."""
@@ -211,8 +208,6 @@ class Sampler:
         self.cache.free(len(self.running))
         return seq
 
-    # ---- prefill
-
     def _schedule_prefill(self):
         """Take the waiting sequences that there is room for now -> list of Sequence."""
         batch, tokens = [], 0
@@ -257,8 +252,6 @@ class Sampler:
         self._draw(hidden[owner])
         self._end_window(batch)
 
-    # ---- decoding
-
     def _begin_window(self, seqs):
         """Tell the device what the steps of a window need to know of some sequences. The slots
         behind them are empty: what they compute, from one token, is harmless."""
@@ -283,8 +276,8 @@ class Sampler:
 
     def _decode(self):
         """Sample a window of tokens for all running sequences."""
-        # Few shapes, so few graphs, and on a CPU few plans of oneDNN: 1, 2, 4, 8 slots, multiples
-        # of 16, or all of them; context lengths up to 1024, 4096, 16384.
+        # Few shapes, so few graphs and few plans of oneDNN: 1, 2, 4, 8 slots, multiples of 16, or
+        # all of them; context lengths up to 1024, 4096, 16384.
         n = len(self.running)
         n = min(1 << (n - 1).bit_length() if n <= 8 else 16 * math.ceil(n / 16), self.max_num_seqs)
         max_context_len = max(map(len, self.running)) + self.window - 1
@@ -371,14 +364,13 @@ def sampling_options(args, model, earlier=None):
     t, p, k, n = options.values()
     numbers = all(isinstance(x, int | float) for x in (t, p)) and type(k) is int and type(n) is int
     if not numbers or not ((t == 0 or 0.001 <= t <= 100) and 0 < p <= 1 and k >= 0 and n >= 1):
-        raise InputError(f"sampling with {options}: need temperature 0 or 0.001 to 100, top_p over "
-                         "0 up to 1, top_k >= 0, max_new_tokens >= 1 (flags, or "
-                         f"{model.folder}/generation_config.json)")
+        raise InputError(f"sampling with {options} (flags, or generation_config.json): need top_p "
+                         "over 0 up to 1, temperature 0 or 0.001 to 100, top_k and tokens >= 0, 1")
     return options
 
 def add_sampling_flags(p):
-    g = p.add_argument_group("sampling (default: what an earlier stage used, else the model's "
-                             "generation_config.json, else the paper's)")
+    g = p.add_argument_group("sampling (default: as an earlier stage, the model's "
+                             "generation_config.json, the paper)")
     g.add_argument("--temperature", type=float, help="0: the most likely token; paper 0.6")
     g.add_argument("--top-p", type=float, help="share of the probability drawn from; paper 0.95")
     g.add_argument("--top-k", type=int, help="tokens drawn from, 0: all; paper 20 (Qwen3), 0 (R1)")

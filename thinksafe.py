@@ -307,8 +307,7 @@ class Decoder(nn.Module):
         return linear(hidden, self.head, packed=self.packed_head).float()
 
     def prepack_weights(self, train=False):
-        """On a CPU, keep a copy of frozen weights in the order that oneDNN wants: 1.5 to 3 times
-        the speed. train: also the copies that a backward pass reads."""
+        """On a CPU, keep frozen weights also in oneDNN's order: 1.5 to 3 times the speed."""
         prepack_linear_layers(self, train)
 
 # --------------------------------------------------------------------------------------------------
@@ -357,8 +356,8 @@ def add_lora(model, r=32, alpha=16, dropout=0.05, targets=("q_proj", "v_proj")):
                 setattr(parent, name, LoRALinear(child, r, alpha, dropout))
                 found.add(name)
     if found != set(targets):
-        raise InputError(f"LoRA targets {', '.join(targets)}: the model has only "
-                         f"{', '.join(sorted(found)) or 'none of them'}")
+        has = ", ".join(sorted(found)) or "none of them"
+        raise InputError(f"LoRA targets {', '.join(targets)}: the model has only {has}")
     model.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout,
                   "target_modules": sorted(targets)}
 
@@ -377,9 +376,8 @@ def load_lora(model, tensors, where="adapter"):
 
 def save_lora(model, folder, base_name):
     """Write a folder that PeftModel.from_pretrained loads. base_name: see ResolvedModel.name."""
-    base, _, revision = base_name.rpartition("@") if "@" in base_name else (base_name, "", None)
-    if Path(base_name).is_absolute():
-        base, revision = base_name, None
+    hub = re.fullmatch("([^/]+/[^/@]+)@(.+)", base_name)
+    base, revision = hub.groups() if hub else (base_name, None)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
               "revision": revision, "bias": "none", "inference_mode": True, **model.lora}
     with new_folder(folder) as new:
@@ -392,8 +390,7 @@ def merge_lora(model):
     for name, layer in lora_layers(model).items():
         weight = layer.base_layer.weight
         if isinstance(layer.base_layer, QuantizedLinear):
-            raise InputError("quantized weights cannot be merged into; load the model without "
-                             "--quantize")
+            raise InputError("quantized weights cannot be merged into; leave --quantize out")
         weight.copy_((weight.float() + layer.scale * layer.lora_B @ layer.lora_A).to(weight.dtype))
         model.set_submodule(name, layer.base_layer)
 
@@ -421,10 +418,10 @@ def is_tiny(path):
     return Path(path).resolve().is_relative_to(TINY)
 
 def resolve_model(name):
-    """Find a model's folder, downloading it from the hub if need be -> ResolvedModel. name: a
-    folder, `tiny`, owner/model or owner/model@revision of the hub, or `auto`: the tiny student
-    without a GPU, Qwen/Qwen3-0.6B with one. Raises InputError for a model that cannot be had, and
-    for a link out of a model's folder: the file would be read, and copied by `save_model`."""
+    """Find a model's folder, if need be by downloading it -> ResolvedModel. name: a folder, `tiny`,
+    owner/model or owner/model@revision of the hub, or `auto`: the tiny student without a GPU,
+    Qwen/Qwen3-0.6B with one. Raises InputError for a model that cannot be had, and for a link out
+    of a model's folder: the file would be read, and copied by `save_model`."""
     name = str(name)
     if name == "auto":
         gpu = torch.cuda.is_available()
@@ -569,7 +566,8 @@ def load_weights(folder, device, dtype, quantize=None):
             if not any(module.children()):
                 module.to(device, dtype)
             if quantize and name.startswith("layers.") and isinstance(module, Linear):
-                quantized = QuantizedLinear(module.weight.detach(), module.bias, quantize)
+                bias = None if module.bias is None else module.bias.detach()
+                quantized = QuantizedLinear(module.weight.detach(), bias, quantize)
                 model.set_submodule(name, quantized)
     except ImportError as e:
         raise InputError(f"--quantize {quantize}: {e}")
@@ -653,10 +651,9 @@ def generation_defaults(folder):
     return {key: value for key, value in found.items() if value is not None}
 
 def free_memory():
-    """Give memory that nothing refers to back to the device."""
+    """Give memory that nothing refers to back to the GPU."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()                         # does nothing without a GPU
 
 @contextlib.contextmanager
 def new_folder(folder):
@@ -717,9 +714,9 @@ def cli(main):
 
 @contextlib.contextmanager
 def progress(what, total, unit, done=0, silent=False):
-    """Show on stderr how far a stage is; yields advance(n=1, tokens=0, note=""): n more of `total`
-    units are done, which had so many tokens; note is the stage's own figure. `done` units are of
-    earlier runs. On a terminal this is a bar, in a log file a whole line every 30 seconds."""
+    """Show on stderr how far a stage is: on a terminal a bar, in a log a line every 30 seconds.
+    Yields advance(n=1, tokens=0, note=""), for n more of `total` units with so many tokens and a
+    figure of the stage. `done` units are of earlier runs."""
     began = shown_at = time.time()
     now, n_tokens = done, 0
     with tqdm(total=total, initial=done, unit=unit, desc=what, disable=silent or None) as bar:
@@ -770,8 +767,7 @@ def bounded(kind, low, high=math.inf):
 positive, seed_value = bounded(int, 1), bounded(int, 0, 2**31)
 
 def make_parser(doc):
-    """Return an ArgumentParser that shows a script's docstring and has the flags of every stage, in
-    the parser's group `machine`."""
+    """Return an ArgumentParser with the flags of every stage, in its group `machine`."""
     p = Parser(description=doc, formatter_class=HelpFormatter)
     gpu = torch.cuda.is_available()
     if gpu and "LOCAL_RANK" in os.environ:           # torchrun: "cuda" is this process's own GPU

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from data.benchmarks import BENCHMARKS, overlap
 from data.chat import encode_training_pair, normalize_think_tags, rejection_reason, template_hash
 from data.rows import RowWriter, atomic_path, content_id, write_rows
-from data.run_record import Stage, read_run, stage_seed
+from data.run_record import Stage, check_fingerprint, read_run, stage_seed
 from data.sources import VERSIONS, balanced_subset, label_counts, training_rows
 from thinksafe import (
     LABELS, TINY, InputError, add_lora, bounded, choose_dtype, cli, escape_control_chars,
@@ -51,11 +51,9 @@ TINY_CONFIG = {**PAPER_CONFIG, "lr": 2e-4, "batch_size": 16, "max_length": 2048,
 # Rows -> examples: {id, ids, n_prompt, label, benign, ce_weight, kl_weight}
 
 def encode_rows(rows, tokenizer, max_length, strip_cot=None, kl=False):
-    """Encode rows as training examples -> (examples, Counter of skipped rows by reason). The `ids`
-    of an example are n_prompt tokens of the prompt, and the target.
-
-    strip_cot: "harmful" or "all" rows keep an empty reasoning. kl: the loss of benign examples is
-    the KL to the frozen student instead of cross-entropy."""
+    """Encode rows as training examples -> (examples, Counter of skipped rows by reason). strip_cot:
+    "harmful" or "all" rows keep an empty reasoning. kl: the loss of benign examples is the KL to
+    the frozen student instead of cross-entropy."""
     examples, skipped, instructed = [], Counter(), []
     for row in rows:
         benign = not is_harmful(row["prompt_label"])
@@ -99,9 +97,9 @@ def make_batches(examples, batch_size, epochs, seed):
     batches = []
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed * 1000 + epoch)
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        for i in range(0, len(order), batch_size):
-            batches.append([examples[j] for j in order[i:i + batch_size]])
+        order = torch.randperm(len(examples), generator=generator)
+        for batch in order.split(batch_size):
+            batches.append([examples[i] for i in batch])
     return batches
 
 # --------------------------------------------------------------------------------------------------
@@ -161,7 +159,6 @@ def frozen_reference(model, mixed=False):
             return target_hidden_states(model, examples, mixed)[0]
     return reference
 
-# --------------------------------------------------------------------------------------------------
 # Several processes train one model: torchrun's ranks
 
 def join_ranks(device):
@@ -210,21 +207,21 @@ def load_checkpoint(path, trainable, optimizer, fingerprint):
     Raises InputError for a checkpoint that is damaged or of another run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["fingerprint"] != fingerprint:
-            raise InputError("of another run")
+        check_fingerprint(path.with_name("metrics.jsonl"), state["fingerprint"], fingerprint)
         assert trainable.keys() == state["params"].keys()
         assert all(row.keys() >= {"tokens", "loss"} for row in state["metrics"])
         for name, value in state["params"].items():
             trainable[name].data.copy_(value)
         optimizer.load_state_dict(state["optimizer"])
         return state["metrics"]
+    except InputError:
+        raise
     except Exception as e:                           # whatever torch raises for a damaged file
-        why = e if isinstance(e, InputError) else f"damaged ({type(e).__name__})"
-        raise InputError(f"{path}: {why}; delete it to start again")
+        raise InputError(f"{path}: damaged ({type(e).__name__}); delete it to start again")
 
 def resume(args, trainable, optimizer, fingerprint):
-    """Go on from OUT/checkpoint.pt, if it is there with OUT/metrics.jsonl -> metrics of the steps
-    so far. Rank 0 decides, and gives the other ranks its first weights."""
+    """Go on from OUT/checkpoint.pt, if it and OUT/metrics.jsonl are there -> metrics so far. Rank 0
+    decides, and gives the other ranks its first weights."""
     rank, world = join_ranks(args.device)
     checkpoint = args.out / "checkpoint.pt"
     shared = [checkpoint.exists() and (args.out / "metrics.jsonl").exists(), fingerprint]
@@ -285,8 +282,7 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
                 if model.activation_checkpointing:
                     raise
             if sums is None:                         # outside of the handler its tensors are gone
-                print("out of GPU memory: activations are recomputed from here on (a third slower)",
-                      file=sys.stderr)
+                print("out of GPU memory: from here on activations are recomputed", file=sys.stderr)
                 model.activation_checkpointing = True
                 optimizer.zero_grad(set_to_none=True)
                 free_memory()
@@ -363,12 +359,12 @@ def load_student(args, run, defaults=None):
     recipe, from the flags, else from `defaults`, else the paper's or the tiny one."""
     if args.quantize and args.full:
         raise InputError("--quantize keeps the weights and --full trains them; leave one out")
-    if args.model is None and "sample" not in run:
+    name = args.model or run.get("sample", {}).get("model")
+    if name is None:
         raise InputError(f"{args.out}: no sample.py run to take the model from; give --model")
     args.seed = stage_seed(args, run)
     dtype = torch.float32 if args.full else choose_dtype(args)   # bf16 weights lose steps of 1e-5
-    model, tokenizer = load_model(args.model or run["sample"]["model"], args.device, dtype,
-                                  args.quantize)
+    model, tokenizer = load_model(name, args.device, dtype, args.quantize)
     if lora_layers(model):
         raise InputError(f"{model.name} is an adapter; merge it first (train.py --merge), or train "
                          "its base model")
@@ -383,8 +379,7 @@ def load_student(args, run, defaults=None):
     return model, tokenizer, config
 
 def is_mixed(args):
-    """Tell whether training is in mixed precision: all weights, in fp32, on a GPU."""
-    return args.full and args.device == "cuda"
+    return args.full and args.device == "cuda"       # all weights, in fp32: bf16 arithmetic
 
 def train(args, model, tokenizer, config, examples, skipped, loss=None, *, fingerprint=None,
           extra_loss=None, extra_parameters=None, make_batch=None):
@@ -422,20 +417,18 @@ def train(args, model, tokenizer, config, examples, skipped, loss=None, *, finge
     optimizer = make_optimizer(args.optimizer, trainable.values(), config["lr"], args.weight_decay)
     metrics = resume(args, trainable, optimizer, fingerprint)
     if not rank:
+        labels = Counter(example["label"] for example in examples)
         stage = Stage("train", args, "metrics.jsonl", fingerprint, model=model.name,
-                      sources=VERSIONS)
+                      sources=VERSIONS, labels=dict(sorted(labels.items())))
     model.train()
     model.prepack_weights(train=True)
     metrics = fit(args, config, model, trainable, optimizer, batches, loss, metrics=metrics,
                   fingerprint=fingerprint, extra_loss=extra_loss, make_batch=make_batch)
     if not rank:
         write_model(args, model)
-        labels = Counter(example["label"] for example in examples)
-        stage.save(labels=dict(sorted(labels.items())))
-        stage.finish(f"trained {len(batches)} steps on {n} rows, last loss "
-                     f"{metrics[-1]['loss']:.4f}", args.out / "model",
-                     f"python eval.py --out {args.out}", rows=n, steps=len(batches),
-                     train_tokens=sum(row["tokens"] for row in metrics),
+        summary = f"trained {len(batches)} steps on {n} rows, last loss {metrics[-1]['loss']:.4f}"
+        stage.finish(summary, args.out / "model", f"python eval.py --out {args.out}", rows=n,
+                     steps=len(batches), train_tokens=sum(row["tokens"] for row in metrics),
                      skipped=dict(sorted(skipped.items())))
     if world > 1:                                    # a rank that leaves early can abort the others
         with other_ranks():
@@ -464,12 +457,11 @@ def main():
     g.add_argument("--data", help="rows to train on: star1, directrefusal, thinksafe-qwen3-0.6b, "
                    "...: a set of data/sources.py; or a file, URL or hub name as for sample.py "
                    "--prompts (default: OUT/guarded.jsonl)")
-    g.add_argument("--label", choices=LABELS,
-                   help="what prompts of --data are that have no label of their own")
-    g.add_argument("--strip-cot", choices=("harmful", "all"),
-                   help="train these rows to answer after an empty reasoning")
-    g.add_argument("--kl", action="store_true",
-                   help="benign rows: forward KL to the frozen student instead of cross-entropy")
+    g.add_argument("--label", choices=LABELS, help="of prompts that have no label of their own")
+    g.add_argument("--strip-cot", choices=("harmful", "all"), help="which rows learn to answer "
+                   "after an empty reasoning")
+    g.add_argument("--kl", action="store_true", help="benign rows: forward KL to the frozen "
+                   "student instead of cross-entropy")
     add_training_flags(p)
     args = p.parse_args()
     join_ranks(args.device)
@@ -484,9 +476,8 @@ def main():
         raise InputError(f"{args.out}/guarded.jsonl: {len(rows)} of the {judged['rows']} rows that "
                          "guard.py wrote are there; run it again, or give rows with --data FILE")
     model, tokenizer, config = load_student(args, run)
-    print(escape_control_chars(f"data: {label_counts(rows)}"))
     benchmarks = [TINY / "eval.jsonl"] if is_tiny(model.folder) else list(BENCHMARKS)
-    print(escape_control_chars(overlap(rows, benchmarks)))
+    print(escape_control_chars(f"data: {label_counts(rows)}\n{overlap(rows, benchmarks)}"))
     max_length = min(config["max_length"], model.config.max_position_embeddings)
     examples, skipped = encode_rows(rows, tokenizer, max_length, args.strip_cot, args.kl)
     frozen, mixed = model, is_mixed(args)

@@ -61,6 +61,14 @@ def _git(*words):
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True,
                               timeout=10).stdout.strip()
 
+def check_fingerprint(path, old, new):
+    """Raise InputError unless the output `path` was made with the same fingerprint."""
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key), new.get(key)
+        if before != now:
+            raise InputError(f"{path} was made with {key} {before}, now it is {now}; use another "
+                             f"--out, or delete {path} to start again")
+
 class Stage:
     """One stage's entry in out/run.json: how the stage was run and what it produced.
 
@@ -85,11 +93,7 @@ class Stage:
             if not old:
                 raise InputError(f"{self.path} exists, but {self.out}/run.json does not say how it "
                                  "was made; use another --out or move it away")
-            for key in sorted(fingerprint.keys() | old["fingerprint"].keys()):
-                before, now = old["fingerprint"].get(key), fingerprint.get(key)
-                if before != now:
-                    raise InputError(f"{self.path} was made with {key} {before}, now it is {now}; "
-                                     f"use another --out, or delete {self.path} to start again")
+            check_fingerprint(self.path, old["fingerprint"], fingerprint)
             killed_after = self.path.stat().st_mtime - old.get("started", math.inf)
             self.earlier_seconds = old["seconds"] + max(0, killed_after) * (not old["finished"])
         self.entry = {

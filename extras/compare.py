@@ -151,9 +151,8 @@ def training_cost(folder, run):
     """Return {"train_tokens", "flops"} of metrics.jsonl; of an online method also what the steps
     sampled and judged, "tokens" and "guard_tokens".
 
-    The documents of a step are taken as equally long, and benign ones as long as harmful ones. How
-    many tokens are targets is known from extras.perplexity, and of online methods; else all are
-    counted. SafeKey's passes over parts of some rows and OPSA's hints are left out."""
+    The documents of a step are taken as equally long, and benign ones as long as harmful ones.
+    SafeKey's passes over parts of some rows and OPSA's hints are left out."""
     train, fingerprint = run["train"], run["train"]["fingerprint"]
     config, _ = model_shape(train["model"])
     adapter = 0

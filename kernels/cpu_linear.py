@@ -67,9 +67,8 @@ def _pack(weight, transposed, old):
     return PackedWeight(weight._version, reorder(weight_, 64), back)
 
 def prepack_linear_layers(model, train=False):
-    """Pack the frozen Linear layers of a model on a CPU and its head, which goes to packed_head.
-
-    train: also for the backward pass. Nothing happens on a GPU, without oneDNN, or if the copies
+    """Pack the frozen Linear layers of a model on a CPU, with train also for the backward pass, and
+    its head, which goes to packed_head. Nothing happens on a GPU, without oneDNN, or if the copies
     would take more than a quarter of the machine's memory."""
     if model.device.type != "cpu":
         return

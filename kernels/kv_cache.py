@@ -20,9 +20,8 @@ def _lazy_zeros(shape, dtype):
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 def _weighted_sums(table, rows, starts, weights):
-    """Sums (B, d) of weight * table[row] over B segments of rows (n,) that begin at starts (B,).
-
-    A layer for bags of words reads a table (N, d) at the memory's speed on a CPU. A batched product
+    """Sums (B, d) of weight * table[row] over B segments of rows (n,) that begin at starts (B,). A
+    layer for bags of words reads a table (N, d) at the memory's speed on a CPU. A batched product
     with one or two rows on the left takes up to six times as long."""
     return torch.embedding_bag(table, rows, starts, False, 0, False, weights.reshape(-1))[0]
 
@@ -53,7 +52,6 @@ class ContiguousKVCache:
 
     def attention(self, context_lens, max_context_len=None):
         """Return attend(layer, q) for the first n slots, which hold context_lens (n,) >= 1 tokens.
-
         Slots of similar length are computed together; max_context_len is not used."""
         d, batches = self.d, []
         by_length = context_lens.argsort(descending=True)
@@ -131,9 +129,8 @@ class PagedKVCache:
         return write
 
     def attention(self, context_lens, max_context_len):
-        """Return attend(layer, q) for the first n slots, which hold context_lens (n,) >= 1 tokens.
-
-        max_context_len: int, no entry of context_lens is larger."""
+        """Return attend(layer, q) for the first n slots, which hold context_lens (n,) >= 1 tokens,
+        at most max_context_len."""
         def attend(layer, q):
             return paged_attention(
                 q, self.k[layer], self.v[layer], self.block_table[:len(q)], context_lens,

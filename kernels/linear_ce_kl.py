@@ -55,9 +55,8 @@ FAR = 3.0               # largest S_ref / S with alpha = 1: the rounding error o
 NEAR = 0.1              # nats of KL below which alpha = 0 costs accuracy
 
 def _plain_dlogits(head, ref_head, hidden, targets, ce_weight, ref_hidden, kl_weight):
-    """The definition, in fp32: the loss (n,) of n tokens and the gradient to the logits (n, V).
-
-    head, ref_head (V, D); hidden, ref_hidden (n, D) or None; the others (n,)."""
+    """The definition, in fp32: the loss (n,) of n tokens and the gradient to the logits (n, V), of
+    head, ref_head (V, D), hidden, ref_hidden (n, D) or None, and the others (n,)."""
     targets = targets[:, None]
     x = hidden @ head.T                                                         # (n, V)
     x -= x.amax(1, keepdim=True)
@@ -172,10 +171,8 @@ if triton is not None:
                     tl.store(ref_rounded_sum_ptrs, tl.sum(e_ref.to(tl.float32), 1), mask=in_rows)
 
 def _launch(mode, head, ref_head, hidden, targets, ref_hidden, shift):
-    """Run the kernel, see there, without a reference if ref_hidden is None.
-
-    Returns out (meaningless for mode "loss"), stat and the target's logit (N,), which is nan for a
-    target that is no column."""
+    """Run the kernel, see there, without a reference if ref_hidden is None -> out (meaningless for
+    mode "loss"), stat, and the target's logit (N,), which is nan for a target that is no column."""
     N, V, device, ref = len(hidden), len(head), hidden.device, ref_hidden is not None
     ref_has_own_head = ref and ref_head.data_ptr() != head.data_ptr()
     if hidden.dtype == torch.float32:                           # on CUDA cores, not in TF32
@@ -207,10 +204,9 @@ def mm(a, b):
     return a.float() @ b.float()
 
 def _kernel_batch(head, ref_head, batch, shift, want_grad):
-    """By the kernel: a batch of n tokens, see _batches, with shift (3, n) or None to guess it.
-
-    Returns the loss (n,), its gradient to hidden (n, D) in fp32 or None, norm (4, n) = c, c_ref,
-    log S, log S_ref, and which tokens (n,) to compute again with which shift (3, n)."""
+    """By the kernel: a batch of n tokens, see _batches, with shift (3, n) or None to guess it ->
+    the loss (n,), its gradient to hidden (n, D) in fp32 or None, norm (4, n) = c, c_ref, log S,
+    log S_ref, and which tokens (n,) to compute again with which shift (3, n)."""
     hidden, targets, ce_weight, ref_hidden, kl_weight = batch
     head_target = head[targets]                         # (n, D)
     if shift is None:           # in fp32: rounded products would put a shift between c and c_ref
@@ -251,7 +247,6 @@ def _kernel_batch(head, ref_head, batch, shift, want_grad):
 
 def _batches(use_kernel, head, inputs, todo=True):
     """Split the tokens that have a loss and are in the mask todo (N,): first those without a KL.
-
     Yields their numbers (n,) and their part of the inputs in the dtype of head, ref_hidden None
     without a KL. So tokens without a loss reach no GEMM and a reference is read where it counts."""
     hidden, targets, ce_weight, ref_hidden, kl_weight = inputs

@@ -3,11 +3,10 @@
     layer = QuantizedLinear(weight, bias, "nf4")        # weight (n_out, n_in)
     y = layer(x)                                        # x (T, n_in) -> (T, n_out), of x's dtype
 
-"nf4" is that of QLoRA (arXiv 2305.14314): blocks of 64, their scales quantized again, 4.13 bits a
-weight. "int8" keeps rows with one scale each, as LLM.int8 (arXiv 2208.07339) does, but multiplies
-in the dtype of x and sets no outliers apart. bitsandbytes' own modules are not used: on a CPU
-Linear4bit repacks its weight in evaluation and then has no gradient, and Linear8bitLt keeps
-activations that activation checkpointing cannot free.
+"nf4" is QLoRA's (arXiv 2305.14314): blocks of 64, their scales quantized again, 4.13 bits a weight.
+"int8" keeps rows with one scale each, as LLM.int8 (arXiv 2208.07339) does, but multiplies in the
+dtype of x and sets no outliers apart. bitsandbytes' own modules are not used: on a CPU Linear4bit
+has no gradient after evaluation, and Linear8bitLt keeps activations that checkpointing cannot free.
 """
 import functools
 import logging
@@ -21,9 +20,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: "gemm_4bit_forward" not in record.getMessage())
 
 class _Int8Product(torch.autograd.Function):
-    """x (T, n_in) times int8 weight (n_out, n_in) and scale (n_out,), with a gradient to x.
-
-    Saves weight and scale for the backward pass, where autograd would save a copy in x's dtype."""
+    """x (T, n_in) times int8 weight (n_out, n_in) and scale (n_out,), with a gradient to x. Saves
+    weight and scale for the backward pass, where autograd would save a copy in x's dtype."""
 
     @staticmethod
     def forward(ctx, x, weight, scale):
@@ -36,10 +34,9 @@ class _Int8Product(torch.autograd.Function):
         return (grad * scale) @ weight.to(grad.dtype), None, None
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer that keeps a weight (n_out, n_in) as kind "nf4" or "int8".
-
-    Every pass restores the weight in the dtype of x. bias: (n_out,) or None. Raises ImportError
-    without bitsandbytes, ValueError if the rows are not a multiple of 64 for nf4."""
+    """A frozen linear layer that keeps a weight (n_out, n_in) as kind "nf4" or "int8", and restores
+    it in the dtype of x in every pass. bias: (n_out,) or None. Raises ImportError without
+    bitsandbytes, ValueError if the rows are not a multiple of 64 for nf4."""
 
     def __init__(self, weight, bias, kind):
         import bitsandbytes as bnb

@@ -19,10 +19,8 @@ def uniforms(seed, key, n):
     return torch.rand(n, generator=generator, dtype=torch.float64)
 
 def _invert_cdf(p, u):
-    """Index (n,) where the running sum of p (n, k) fp64, scaled to end in 1, passes u (n,).
-
-    Also returns the fraction (n,) of that step below u. The sum ends in exactly 1 and u < 1, so the
-    p of the index is never 0."""
+    """Index (n,) where the running sum of p (n, k) fp64, scaled to end in 1, passes u (n,), and the
+    fraction (n,) of that step below u. The sum ends in exactly 1 and u < 1: p is never 0 there."""
     cdf = p.cumsum(-1)
     cdf = cdf / cdf[:, -1:]
     index = torch.searchsorted(cdf, u[:, None], right=True).clamp(max=p.shape[-1] - 1)  # nan: k

@@ -86,7 +86,7 @@ def compare(name, data, folder, steps, batch, device="cpu", dtype="float32", lr=
     torch.manual_seed(0)                                      # as train.py does
     add_lora(model, 32, 16.0, 0.0, TARGETS)
     save_lora(model, folder / "start", model.name)
-    script("-m", "extras.export", "trl", *flags, "--out", folder)
+    script("-m", "extras.export", "trl", *flags[:4], "--max-length", 2**20, "--out", folder)
     texts, items = read_rows(folder / "trl.jsonl"), encode_rows(rows[:n], tokenizer, 2**30)[0]
     if not len(texts) == len(items) == n:
         sys.exit(f"{data}: of its first {n} safe rows {n - len(texts)} cannot be trained on, or TRL would tokenize them otherwise")

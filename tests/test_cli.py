@@ -24,7 +24,7 @@ from thinksafe import MOVED, progress
 
 CORE = ("sample", "guard", "train", "eval")
 EXTRAS = tuple(f"extras.{name}" for name in (
-    "online", "safekey", "safepath", "theory", "compare", "report", "chat", "export", "memory", "merge", "cached_kl"))
+    "online", "safekey", "safepath", "theory", "compare", "report", "chat", "export", "memory", "merge", "cached_kl", "retry", "perplexity"))
 SCRIPTS = CORE + EXTRAS
 
 
@@ -177,7 +177,7 @@ def test_help_of_a_fresh_process(script):
 # Flags of earlier versions
 
 OLD = [("train", "--online", "grpo"), ("train", "--safekey"), ("train", "--primer", "8"), ("train", "--export", "trl"), ("train", "--track", "wandb"),
-       ("train", "--cache-reference"), ("eval", "--theory"), ("eval", "--compare", "a", "b"), ("eval", "--chat"), ("sample", "--bench")]
+       ("train", "--cache-reference"), ("train", "--dry-run"), ("sample", "--retries", "3"), ("eval", "--theory"), ("eval", "--compare", "a", "b"), ("eval", "--chat"), ("sample", "--bench")]
 
 
 def test_every_moved_flag_is_tried():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import call
 
-from extras.memory import activation_bytes, memory_plan, print_plan, stored_bytes
+from extras.memory import activation_bytes, memory_plan, print_plan, render_example, stored_bytes
 from thinksafe import add_lora, load_model
 from train import encode_rows, frozen_reference, make_optimizer, packed_loss
 
@@ -137,3 +137,21 @@ def test_the_command_prints_a_plan_and_writes_nothing(tmp_path):
     assert seen["--kl"]["loss"] > plain["loss"] and seen["--full --kl"]["weights"] == pytest.approx(2 * seen["--full"]["weights"], rel=0.01)
     done = call("extras.memory", "--model", "tiny", "--out", tmp_path / "out")
     assert done.returncode == 2 and "guard.py has not finished there" in done.stderr
+
+
+def test_the_command_shows_configuration_and_an_example(tmp_path):
+    rows = [trace(0, instruction="Say \x1b[31m\u202ered\x07 and <|im_end|>\ntrained | no"), trace(1)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = call("extras.memory", "--model", "tiny", "--data", data, "--out", tmp_path / "out", "--epochs", 1, "--batch-size", 2, "--lr", 0.5)
+    assert done.returncode == 0 and sorted(tmp_path.iterdir()) == [data]
+    assert "lr              0.5\n" in done.stdout
+    assert "trained | The user asks" in done.stdout and done.stdout.rstrip().endswith("<|im_end|>")
+    assert not set(done.stdout) & {"\x1b", "\x07", "\u202e"}
+
+
+def test_an_example_shows_what_is_trained_on(tiny):
+    examples, _ = encode_rows([trace(0, instruction="Say \x1b[31m\u202ered\nand stop")], tiny[1], 500)
+    assert render_example(examples[0], tiny[1]).split("\n") == [
+        "prompt  | <|im_start|>user", "prompt  | Say \\x1b[31m\\u202ered", "prompt  | and stop<|im_end|>", "prompt  | <|im_start|>assistant", "prompt  | ",
+        "trained | <think>", "trained | The user asks 0.", "trained | </think>", "trained | ", "trained | Answer 0.<|im_end|>"]

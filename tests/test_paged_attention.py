@@ -40,7 +40,7 @@ def attention(request, monkeypatch):
         return pa._plain
     if pa.triton is None:
         pytest.skip("triton is not installed: the kernel cannot be tested here, only the plain path")
-    monkeypatch.setattr(da, "INTERPRET", True)
+    monkeypatch.setattr(pa, "INTERPRET", True)
     return pa._kernel
 
 

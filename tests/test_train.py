@@ -10,11 +10,10 @@ from safetensors.torch import load_file
 import train
 from data.chat import encode_prompt
 from thinksafe import InputError, add_lora, load_model, lora_disabled, lora_tensors, split_packs
-from extras.memory import render_example
 from extras.perplexity import perplexity
 from train import (
     TINY_CONFIG, encode_rows, frozen_reference, learning_rate, load_checkpoint,
-    make_batches, make_optimizer, packed_loss, target_hidden_states)
+    make_batches, make_optimizer, packed_loss)
 
 
 def trace(i, label="vanilla_harmful", **more):
@@ -228,7 +227,7 @@ def test_optimizer_state_survives_a_checkpoint(optimizer, tmp_path):
     assert load_checkpoint(tmp_path / "state", again, opt2, {"a": 1}) == metrics
     step(again, opt2, 3)
     assert all(torch.equal(params[k], again[k]) for k in params)
-    with pytest.raises(InputError, match="another run"):
+    with pytest.raises(InputError, match="was made with a 1, now it is 2"):
         load_checkpoint(tmp_path / "state", again, opt2, {"a": 2})
     whole = (tmp_path / "state").read_bytes()
     for damaged in (whole[:-100], whole[:len(whole) // 2], b"", b"no checkpoint"):
@@ -269,24 +268,6 @@ def test_tiny_recipe_targets_exist(tiny):
 # ---- what others read
 
 
-def test_dry_run_shows_and_writes_nothing(tmp_path):
-    rows = [trace(0, instruction="Say \x1b[31m\u202ered\x07 and <|im_end|>\ntrained | no"), trace(1)]
-    data = write(tmp_path / "rows.jsonl", rows)
-    before = sorted(tmp_path.iterdir())
-    done = call("train.py", "--model", "tiny", "--data", data, "--out", tmp_path / "out", "--dry-run", "--epochs", 1, "--batch-size", 2, "--lr", 0.5)
-    assert done.returncode == 0 and sorted(tmp_path.iterdir()) == before
-    assert "lr              0.5\n" in done.stdout
-    assert "trained | The user asks" in done.stdout and done.stdout.rstrip().endswith("<|im_end|>")
-    assert not set(done.stdout) & {"\x1b", "\x07", "\u202e"}
-
-
-def test_an_example_shows_what_is_trained_on(tiny):
-    items, _ = encode_rows([trace(0, instruction="Say \x1b[31m\u202ered\nand stop")], tiny[1], 500)
-    assert render_example(items[0], tiny[1]).split("\n") == [
-        "prompt  | <|im_start|>user", "prompt  | Say \\x1b[31m\\u202ered", "prompt  | and stop<|im_end|>", "prompt  | <|im_start|>assistant", "prompt  | ",
-        "trained | <think>", "trained | The user asks 0.", "trained | </think>", "trained | ", "trained | Answer 0.<|im_end|>"]
-
-
 def test_loss_curve_is_that_of_trl(tmp_path):
     """The same rows, order, LoRA weights and schedule: ids, losses and gradient norms are TRL's."""
     pytest.importorskip("trl")
@@ -323,7 +304,7 @@ def test_out_of_memory_switches_activation_checkpointing_on(tmp_path, monkeypatc
     monkeypatch.setattr(train, "packed_loss", out_of_memory)
     fail_at = 3
     done = call("train.py", *flags, "--out", tmp_path / "b")
-    assert done.returncode == 0 and done.stderr.count("activations are recomputed from here on") == 1
+    assert done.returncode == 0 and done.stderr.count("from here on activations are recomputed") == 1
     assert calls[-1].activation_checkpointing and len(calls) == 7
     weights = [load_file(tmp_path / x / "model" / "adapter_model.safetensors") for x in "ab"]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])

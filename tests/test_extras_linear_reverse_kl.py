@@ -1,8 +1,8 @@
-"""kernels/linear_reverse_kl.py against fp64 and against eager code."""
+"""extras/linear_reverse_kl.py against fp64 and against eager code."""
 import pytest
 import torch
 
-from linear_reverse_kl import linear_reverse_kl
+from extras.linear_reverse_kl import linear_reverse_kl
 
 
 @pytest.mark.parametrize("N, V, D, teacher", [(700, 501, 32, (520, 48)), (1, 3, 2, (3, 2)), (257, 1000, 16, (900, 8))])
