@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from extras import online
 from extras.export import model_card
-from extras.linear_reverse_kl import linear_reverse_kl
 from extras.online import (
     BETA, WEIGHTS, Online, advantages, as_teacher_sees, grpo_weights, judge_rollouts, rollout_loss, token_logprobs, well_formed)
 from guard import Verdict

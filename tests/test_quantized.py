@@ -136,8 +136,8 @@ def test_what_is_refused(trained, folders, tmp_path):
         save_model(model, tmp_path / "model")
     done = call("train.py", *flags, "--full", "--out", tmp_path / "full")
     assert done.returncode == 2 and "--full trains them" in done.stderr and not (tmp_path / "full").exists()
-    done = call("train.py", *flags[:4], "--out", folder / "out")                # the same folder, not quantized
-    assert done.returncode == 2 and "of another run" in done.stderr
+    done = call("train.py", *flags[:4], *flags[6:], "--out", folder / "out")    # the same folder, not quantized
+    assert done.returncode == 2 and "made with" in done.stderr
     if flags[5] == "nf4":
         with pytest.raises(InputError, match="48 inputs"):
             load_model(folders("qwen3")[1], "cpu", torch.float32, "nf4")

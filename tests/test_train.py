@@ -296,11 +296,11 @@ def test_out_of_memory_switches_activation_checkpointing_on(tmp_path, monkeypatc
     assert call("train.py", *flags, "--out", tmp_path / "a").returncode == 0
     calls = []
 
-    def out_of_memory(model, *args):
+    def out_of_memory(model, *args, **options):
         calls.append(model)
         if len(calls) == fail_at:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return losses(model, *args)
+        return losses(model, *args, **options)
     monkeypatch.setattr(train, "packed_loss", out_of_memory)
     fail_at = 3
     done = call("train.py", *flags, "--out", tmp_path / "b")
@@ -309,7 +309,7 @@ def test_out_of_memory_switches_activation_checkpointing_on(tmp_path, monkeypatc
     weights = [load_file(tmp_path / x / "model" / "adapter_model.safetensors") for x in "ab"]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
-    monkeypatch.setattr(train, "packed_loss", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(train, "packed_loss", lambda *args, **options: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     done = call("train.py", *flags, "--out", tmp_path / "c")
     assert done.returncode == 2 and "use fewer --slots or --pack-tokens" in done.stderr
 
@@ -328,6 +328,8 @@ def test_perplexity_by_hand(model_and_examples):
 def test_perplexity_of_the_training_set_is_recorded(tmp_path):
     data = write(tmp_path / "rows.jsonl", ROWS)
     done = call("train.py", "--model", "tiny", "--data", data, "--out", tmp_path / "out", "--epochs", 4, "--batch-size", 4, "--lr", 1e-3)
+    assert done.returncode == 0
+    done = call("extras.perplexity", "--out", tmp_path / "out")
     found = json.loads((tmp_path / "out" / "run.json").read_text())["train"]["perplexity"]
     assert found["after"]["perplexity"] < found["before"]["perplexity"]
     assert f"perplexity of the training set: {found['before']['perplexity']:.3f} [" in done.stdout

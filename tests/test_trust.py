@@ -36,20 +36,18 @@ from templates import LLAMA_GUARD_3_1B, LLAMA_GUARD_3_8B, QWEN3GUARD, add_tokens
 
 import thinksafe
 import train
+from data import chat
+from data.chat import chat_template_parts, control_tokens, decode_response, encode_prompt, normalize_think_tags
+from data.guards import GUARDS, spoofs_guard
+from data.rows import RowWriter, read_rows
+from data.run_record import read_run
 from data.sources import training_rows
 from eval import cluster_robust_interval, wilson
 from extras.compare import comma_separated, markdown
 from extras.export import model_card
-from data.guards import GUARDS, spoofs_guard
 from guard import Guard, load_guard
 from sample import Sampler
-from data.chat import (
-    chat_template_parts, control_tokens, decode_response, encode_prompt, normalize_think_tags)
-from data.rows import RowWriter, read_rows
-from data.run_record import read_run
-from thinksafe import (
-    REFUSAL_INSTRUCTIONS, InputError, add_refusal_instruction, escape_control_chars, load_model,
-    load_tokenizer, read_adapter, resolve_model)
+from thinksafe import REFUSAL_INSTRUCTIONS, InputError, add_refusal_instruction, escape_control_chars, load_model, load_tokenizer, read_adapter, resolve_model
 
 from linear_ce_kl import linear_ce_kl
 
@@ -462,7 +460,8 @@ def test_checkpoints_that_were_edited(undisturbed, tries, tmp_path, change):
     EDITS[change](state)
     torch.save(state, out / "checkpoint.pt")
     with tries("fault"):
-        assert "checkpoint.pt" in one_line(call(*FLAGS["train"], "--out", out)) and not (out / "model").exists()
+        said = one_line(call(*FLAGS["train"], "--out", out))
+        assert ("was made with seed 99" if change == "another fingerprint" else "checkpoint.pt: damaged") in said and not (out / "model").exists()
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "beside tensors"])
@@ -532,8 +531,8 @@ class Poison(torch.autograd.Function):
 def test_what_is_not_finite_stops_before_the_step(undisturbed, tries, tmp_path, monkeypatch, value, where):
     out, seen, real = copied(undisturbed, "train", tmp_path), [], train.packed_loss
 
-    def poisoned(model, examples, *args):
-        losses = real(model, examples, *args)
+    def poisoned(model, examples, *args, **kw):
+        losses = real(model, examples, *args, **kw)
         seen.append([example["id"] for example in examples])
         if len(seen) != 5:
             return losses
@@ -988,7 +987,7 @@ TEMPLATES = ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__in
 @pytest.mark.parametrize("template", TEMPLATES, ids=range(len(TEMPLATES)))
 def test_malicious_chat_templates_are_refused(evil, tries, tmp_path, template, monkeypatch):
     folder, proof = evil
-    monkeypatch.setattr(thinksafe, "time_limit", lambda seconds, real=thinksafe.time_limit: real(min(seconds, 2)))
+    monkeypatch.setattr(chat, "time_limit", lambda seconds, real=chat.time_limit: real(min(seconds, 2)))
     (folder / "chat_template.jinja").unlink()
     config = json.loads((folder / "tokenizer_config.json").read_text())
     text = template.replace("PROOF", str(proof)) if isinstance(template, str) else template
@@ -1087,7 +1086,7 @@ def test_names_of_files_and_folders_are_inert(tries, tmp_path, text):
     path.write_text(2 * (json.dumps({"instruction": "Hi", "prompt_label": "vanilla_benign", "response": "<think>\na\n</think>\n\nb"}) + "\n"))
     sample, data = ("sample.py", "--model", "tiny", "--prompts", path, "--max-new-tokens", 1), ("--model", "tiny", "--data", path)
     shards = [out / f"shard-{i}" for i in (1, 2)]
-    for flags in (*((*sample, "--shard", f"{i}/2", "--out", shard) for i, shard in enumerate(shards, 1)), ("extras.merge", out, *shards), ("train.py", *data, "--dry-run", "--out", out),
+    for flags in (*((*sample, "--shard", f"{i}/2", "--out", shard) for i, shard in enumerate(shards, 1)), ("extras.merge", out, *shards), ("extras.memory", *data, "--out", out),
                   ("extras.export", "trl", *data, "--out", out), ("extras.report", "--out", out)):
         with tries("attack"):
             done = call(*flags)
