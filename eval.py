@@ -78,7 +78,7 @@ def judge_rows(rows, judge, guard, load, threshold=0.5):
         ask(loaded.is_refusal, "refused", benign)
         del loaded
         free_memory()
-    if judge == guard:
+    if judge == guard and threshold == 0.5:
         for row in harm:
             row["guard_unsafe"] = row["unsafe"]
     elif harm:
@@ -205,11 +205,11 @@ def write_figures(out, rows, judge, guard, asked, model):
 # The stage
 
 def models_to_compare(args):
-    """Return the run record, and the names of the models before and after training. What the record
-    lacks is taken from that of --model's run, as a shard must know the guard that filtered."""
+    """Return the run record, and the names of the models before and after training. With --model
+    the record of that model's run comes first: a shard must know the guard that filtered."""
     run = read_run(args.out)
     if args.model:
-        run = {**read_run(Path(args.model).parent), **run}
+        run = {**run, **read_run(Path(args.model).parent)}
     elif not run.get("train", {}).get("finished"):
         raise InputError(f"{args.out}: train.py has not finished there; run it, or give --model")
     before = args.before or run.get("train", {}).get("model")

@@ -33,13 +33,13 @@ class Verdict(NamedTuple):
     label: str                    # safe, unsafe or unknown
     p_unsafe: float | None        # P(words for unsafe) / P(words for both); None when unknown
     reason: str | None = None     # why it is unknown
-    n_tokens: int = 0             # tokens that the guard read
+    n_tokens: int = 0             # tokens of the question, however often read
 
 VERDICT_TYPES = {"safe": (float, type(None)), "unsafe": (float, type(None)),
                  "unknown": (type(None), str)}    # of p_unsafe and reason in verdicts.jsonl
 
 class Guard:
-    """A model that is asked about (prompt, response) pairs in a Format. Rows and errors name it."""
+    """A model that judges (prompt, response) pairs in a Format. name: for rows and errors."""
 
     def __init__(self, model, tokenizer, form, name):
         self.model, self.tokenizer, self.form, self.name = model, tokenizer, form, name
@@ -119,7 +119,7 @@ class Guard:
         """Judge pairs -> [whether the response is unsafe, None where unknown, ...]."""
         return [{"safe": False, "unsafe": True}.get(v.label) for v in self.judge(pairs, threshold)]
 
-    def write(self, pairs, max_new_tokens=64):
+    def generate_answers(self, pairs, max_new_tokens=64):
         """Generate the guard's answers greedily -> [text, ...], "" for pairs beyond the context."""
         texts, sampler = [""] * len(pairs), Sampler(self.model, self.tokenizer)
         questions = [self.encode(*pair) for pair in pairs]
@@ -134,7 +134,7 @@ class Guard:
         if not (refusal := self.form.refusal):       # the guard does not tell: ask, yes or no
             return Guard(self.model, self.tokenizer, REFUSAL, self.name).is_unsafe(pairs)
         return [None if spoofs_guard(self.form, response) else read_refusal(text, refusal)
-                for (_, response), text in zip(pairs, self.write(pairs))]
+                for (_, response), text in zip(pairs, self.generate_answers(pairs))]
 
 def guard_format(name, student=None):
     """Find a guard -> (Format, folder, tokenizer). The name is a key of GUARDS, KEY=FOLDER, or a
@@ -142,7 +142,7 @@ def guard_format(name, student=None):
     is the student (a model's name) for `self`. Raises InputError when a model cannot be had."""
     key, _, path = name.partition("=")
     form = GUARDS.get(key)
-    model = path or form.model or student if form else name
+    model = (path or form.model or student) if form else name
     if not model:
         raise InputError("guard self needs the student: run sample.py first, or name a model")
     full_name, folder = resolve_model(model)
@@ -229,7 +229,7 @@ def main():
     sampled, traces = read_traces(args.out)
     n, student = sampled["fingerprint"]["n"], sampled["model"]
     names = list(dict.fromkeys(args.guard or [default_guard(student)]))
-    guards = {name: guard_format(name, student) for name in names}     # all must be there at first
+    guards = {name: guard_format(name, student) for name in names}     # fail now if one is missing
     asked = [{"guard": model_hash(folder), "name": name, "question": form.question,
               "template": None if form.raw else template_hash(tokenizer)}
              for name, (form, folder, tokenizer) in guards.items()]
@@ -260,7 +260,7 @@ def main():
         guard = Guard(*load_model(folder, args.device, dtype, args.quantize), form, name)
         tally = Counter()
         with progress(f"guard {name}", len(traces), "trace", len(traces) - len(todo)) as advance:
-            for batch in split_packs(todo, lambda trace: 1, 16):       # a killed run loses one
+            for batch in split_packs(todo, lambda trace: 1, 16):       # a kill loses one at most
                 reasons = [rejection_reason(t["response"], t["finish_reason"], tokenizer)
                            for t in batch]
                 pairs = [(t["instruction"], t["response"]) for t, r in zip(batch, reasons) if not r]

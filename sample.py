@@ -84,7 +84,7 @@ class Sampler:
         that names the random stream (default: the index). With the same seed and key a prompt gets
         the same draws in any batch and order. logprobs: return the tokens' log-probabilities too.
         When the GPU's memory runs out this goes on with half as many slots, and says so. Raises
-        InputError when logits are not finite, or the memory does not do for one slot."""
+        InputError when logits are not finite, or the memory is too small for one slot."""
         self.options, self.seed, self.with_logprobs = (temperature, top_p, top_k), seed, logprobs
         self.eos = torch.tensor(sorted(self.model.eos_ids), dtype=torch.long,
                                 device=self.model.device)
@@ -106,10 +106,10 @@ class Sampler:
             try:
                 finished = self._advance()
             except torch.OutOfMemoryError:
-                pass                         # after this handler the tensors of the pass are gone
+                pass                         # leaving the handler frees the failed pass's tensors
             if finished is None:
                 if self.max_num_seqs == 1:
-                    raise InputError("the GPU's memory does not do for one sequence; use a "
+                    raise InputError("the GPU's memory is too small for one sequence; use a "
                                      "smaller model")
                 self.waiting += reversed(self.running)
                 self.cache, self.running, finished = None, [], []
@@ -171,7 +171,7 @@ class Sampler:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         prompts = [seq.prompt for seq in self.waiting]
-        tokens, cu = pack_ids(split_packs(prompts, len, self.prefill_tokens)[0], device)
+        tokens, cu = pack_ids(split_packs(prompts[::-1], len, self.prefill_tokens)[0], device)
         hidden = self.model(tokens, cu)
         logits = self.model.logits(hidden[:1].expand(self.max_num_seqs, -1))
         sample_tokens(logits, logits.new_zeros(len(logits), dtype=torch.float64), *self.options)
@@ -203,7 +203,7 @@ class Sampler:
         """Free a slot, and move the last running sequence there -> the Sequence that was in it."""
         seq, last = self.running[slot], self.running.pop()
         if seq is not last:
-            self.cache.swap(len(self.running), slot, len(last))
+            self.cache.move(len(self.running), slot, len(last))
             self.running[slot] = last
         self.cache.free(len(self.running))
         return seq
@@ -230,7 +230,7 @@ class Sampler:
         ids = [(*seq.prompt, *seq.tokens) for seq in batch]
         for slot, seq in enumerate(batch, first):
             self.cache.allocate(slot, self._blocks_for(len(seq)))
-            # A window looks at more numbers than there are tokens to sample.
+            # The last window may reach past the last token: it needs spare numbers.
             seq.u = uniforms(self.seed, seq.key, seq.max_tokens + self.window)
         self.cache.upload_block_table()
         number = {x: i for i, x in enumerate(dict.fromkeys(ids))}      # of the document
@@ -291,7 +291,7 @@ class Sampler:
             elif (n, max_context_len) in self.graphs:
                 self.graphs[n, max_context_len].replay()
             else:
-                self._step(n, max_context_len, defer=True)     # counts, and warms up the capture
+                self._step(n, max_context_len, defer=True)     # a real step, and the warm-up
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self.graph_pool):
                     self._step(n, max_context_len, defer=True)
@@ -318,7 +318,7 @@ class Sampler:
     def _draw(self, hidden, defer=False):
         """Sample a token for each of the first n slots, from hidden (n, D).
 
-        defer: read nothing back. A slot whose draw is NOT_FOUND then waits for a step without."""
+        defer: read nothing back. A slot with NOT_FOUND waits for a step that is not deferred."""
         n = len(hidden)
         rows, num_new, max_new = self.rows[:n], self.num_new[:n], self.max_new[:n]     # views
         logits, u = self.model.logits(hidden), self.u[rows, num_new]             # (n, V), (n,)
@@ -340,8 +340,8 @@ class Sampler:
 
 def sample_traces(model, tokenizer, rows, max_num_seqs, kv_bits=16, *, seed, **options):
     """Yield the rows with their traces (n_prompt_tokens, response, finish_reason, n_tokens), in
-    order of finishing. rows: prompts with a sample number `k`, and a refusal instruction `steer`,
-    if any. The random draws belong to (seed, id, k). options: of `Sampler.generate`."""
+    order of finishing. rows: prompts, each with a sample number `k`, and with `steer`, the wording
+    of a refusal instruction, if any. The draws depend on (seed, id, k). options: see generate."""
     prompts = [encode_prompt(tokenizer, add_refusal_instruction(
         row["instruction"], row.get("steer", "none"))) for row in rows]
     keys = [f"{row['id']}/{row['k']}" for row in rows]
@@ -353,7 +353,7 @@ def sample_traces(model, tokenizer, rows, max_num_seqs, kv_bits=16, *, seed, **o
 
 def sampling_options(args, model, earlier=None):
     """Return {temperature, top_p, top_k, max_new_tokens}: the flag, else what an earlier stage
-    used, else that of generation_config.json (but for max_new_tokens, a demo's length there), else
+    used, else that of generation_config.json (not max_new_tokens, which is for demos there), else
     the paper's. Raises InputError for a value that cannot be sampled with."""
     options = {"temperature": 0.6, "top_p": 0.95,
                "top_k": 20 if model.config.model_type == "qwen3" else 0,
@@ -364,8 +364,8 @@ def sampling_options(args, model, earlier=None):
     t, p, k, n = options.values()
     numbers = all(isinstance(x, int | float) for x in (t, p)) and type(k) is int and type(n) is int
     if not numbers or not ((t == 0 or 0.001 <= t <= 100) and 0 < p <= 1 and k >= 0 and n >= 1):
-        raise InputError(f"sampling with {options} (flags, or generation_config.json): need top_p "
-                         "over 0 up to 1, temperature 0 or 0.001 to 100, top_k and tokens >= 0, 1")
+        raise InputError(f"sampling with {options} (flags, or generation_config.json): need 0 < "
+                         "top_p <= 1, temperature 0 or 0.001-100, top_k >= 0, max_new_tokens >= 1")
     return options
 
 def add_sampling_flags(p):
@@ -380,7 +380,7 @@ def add_sampling_flags(p):
     g.add_argument("--seed", type=seed_value, help="of the random draws (default: 0; later stages "
                    "take over that of sample.py)")
 
-def shard(text):
+def shard_of(text):
     """An argparse type: "2/4" -> (2, 4), the second of four parts."""
     i, n = map(int, text.split("/"))
     if not 1 <= i <= n:
@@ -388,7 +388,7 @@ def shard(text):
     return i, n
 
 def add_shard_flag(p):
-    p.machine.add_argument("--shard", type=shard, metavar="I/N",
+    p.machine.add_argument("--shard", type=shard_of, metavar="I/N",
                            help="only the I-th of N parts of the prompts, in a folder of its own; "
                            "then: python -m extras.merge OUT OUT/shard-*")
 
@@ -455,8 +455,8 @@ def main():
     reasons = Counter(row["finish_reason"] for row in rows)
     tokens = sum(row["n_tokens"] for row in rows)
     if reasons["prompt_too_long"]:
-        print(f"{reasons['prompt_too_long']} prompts do not fit the model's context; they have no "
-              "trace", file=sys.stderr)
+        print(f"{reasons['prompt_too_long']} prompts do not fit the context or the memory and have "
+              "no trace", file=sys.stderr)
     stage.finish(f"sampled {len(rows)} traces of {len(prompts)} prompts, {tokens:,} tokens",
                  stage.path, f"python guard.py --out {args.out}", rows=len(rows), tokens=tokens,
                  **{f"finish_{k}": n for k, n in sorted(reasons.items())})

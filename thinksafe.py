@@ -49,7 +49,7 @@ from quantized_linear import QuantizedLinear
 
 # --------------------------------------------------------------------------------------------------
 # The method (arXiv 2601.23143). 1. sample.py: the frozen student answers harmful prompts under a
-# refusal instruction and benign prompts plainly.
+# refusal instruction and benign prompts plainly (see main in sample.py).
 
 LABELS = ("vanilla_harmful", "adversarial_harmful", "vanilla_benign", "adversarial_benign")
 
@@ -76,9 +76,9 @@ def has_refusal_instruction(prompt):
     """Tell whether a prompt contains a refusal instruction, ignoring case and spacing."""
     def words(text):
         return " ".join(text.casefold().split())
-    found = [words(text.replace("{prompt}", "").removesuffix("Prompt:"))
-             for text in REFUSAL_INSTRUCTIONS.values()]
-    return any(instruction and instruction in words(prompt) for instruction in found)
+    found = [[*map(words, re.split("(?:Prompt:)?{prompt}", wording))]
+             for wording in REFUSAL_INSTRUCTIONS.values()]
+    return any(any(parts) and all(map(words(prompt).__contains__, parts)) for parts in found)
 
 # 2. guard.py: a guard model judges the traces, reasoning included, and the safe ones are kept.
 
@@ -112,8 +112,8 @@ def training_pair(row):
 def pack_ids(lists, device="cpu"):
     """Pack B lists of token ids -> tokens (T,), cu_seqlens (B+1,), both int64."""
     lengths = torch.tensor([0, *map(len, lists)])
-    tokens = torch.tensor(list(itertools.chain.from_iterable(lists)), device=device)
-    return tokens, lengths.cumsum(0).to(device)
+    ids = list(itertools.chain.from_iterable(lists))
+    return torch.tensor(ids, dtype=torch.int64, device=device), lengths.cumsum(0).to(device)
 
 def split_packs(items, length, budget):
     """Split items into consecutive groups whose summed length(item) is at most budget. An item
@@ -148,15 +148,15 @@ def packed_attention(cu_seqlens):
     result are (T, H, d), k and v are (T, Hkv, d)."""
     lengths = cu_seqlens.diff().tolist()
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    batches = []                                # token numbers (B, t), and which are not padding
+    batches = []                                # (places in the pack (B, t), real (B, t))
     while order:                                # documents of similar length share a padded batch
-        similar = [i for i in order if lengths[i] > 0.8 * lengths[order[0]]]
+        similar = [i for i in order if lengths[i] >= 0.8 * lengths[order[0]]]
         place = torch.arange(lengths[order[0]], device=cu_seqlens.device)
         order = order[len(similar):]
         real = place < cu_seqlens.diff()[similar, None]                          # (B, t)
         batches.append((cu_seqlens[similar, None] + place * real, real))    # padding: first token
     rows = torch.cat([real.flatten() for _, real in batches]).nonzero()[:, 0]    # (T,)
-    back = rows[torch.cat([tokens.flatten() for tokens, _ in batches])[rows].argsort()]
+    unpad = rows[torch.cat([tokens.flatten() for tokens, _ in batches])[rows].argsort()]
     cu = cu_seqlens.to(torch.int32)
 
     def attend(layer, q, k, v):
@@ -169,7 +169,7 @@ def packed_attention(cu_seqlens):
                    for x in (q, k, v)]
             out = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
             outs.append(out.transpose(1, 2).flatten(0, 1))                       # (B * t, H, d)
-        return torch.cat(outs).index_select(0, back)
+        return torch.cat(outs).index_select(0, unpad)
     return attend
 
 # --------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.d, c.rms_norm_eps) if qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, attend):
-        """x (T, D), cos and sin (T, 1, d), attend(q, k, v) -> (T, D)."""
+        """x (T, D) -> (T, D). cos, sin (T, 1, d). attend(q (T, H, d), k, v (T, Hkv, d)) -> q's."""
         q = self.q_proj(x).unflatten(-1, (-1, self.d))                           # (T, H, d)
         k = self.k_proj(x).unflatten(-1, (-1, self.d))                           # (T, Hkv, d)
         v = self.v_proj(x).unflatten(-1, (-1, self.d))
@@ -345,8 +345,8 @@ def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 def add_lora(model, r=32, alpha=16, dropout=0.05, targets=("q_proj", "v_proj")):
-    """Freeze the model and put LoRA on the linear layers whose last name is in targets (default:
-    the paper's). Raises InputError for a target that the model lacks."""
+    """Freeze the model and put LoRA on the linear layers named in targets, such as "q_proj" in any
+    block (default: the paper's). Raises InputError for a target that the model lacks."""
     model.requires_grad_(False)
     found = set()
     for parent in list(model.modules()):
@@ -665,7 +665,7 @@ def new_folder(folder):
     remove(new)
     new.mkdir(parents=True)
     yield new
-    remove(folder)                                   # killed here, train.py writes it again
+    remove(folder)                                   # killed here: run train.py once more
     os.replace(new, folder)
 
 def save_model(model, folder):
@@ -715,8 +715,8 @@ def cli(main):
 @contextlib.contextmanager
 def progress(what, total, unit, done=0, silent=False):
     """Show on stderr how far a stage is: on a terminal a bar, in a log a line every 30 seconds.
-    Yields advance(n=1, tokens=0, note=""), for n more of `total` units with so many tokens and a
-    figure of the stage. `done` units are of earlier runs."""
+    Yields advance(n=1, tokens=0, note=""): call it for n finished units with their tokens, and a
+    note to show beside the rate. total, done: units in all, and finished in earlier runs."""
     began = shown_at = time.time()
     now, n_tokens = done, 0
     with tqdm(total=total, initial=done, unit=unit, desc=what, disable=silent or None) as bar:

@@ -66,7 +66,7 @@ def encode_rows(rows, tokenizer, max_length, strip_cot=None, kl=False):
             instructed.append(str(row["id"]))
             continue
         reason = rejection_reason(response, row.get("finish_reason", "stop"), tokenizer)
-        if "</think>" in response and strip_cot in ("all", "benign" if benign else "harmful"):
+        if "</think>" in response and (strip_cot == "all" or strip_cot == "harmful" and not benign):
             answer = response.rpartition("</think>")[2].lstrip()
             response = f"<think>\n\n</think>\n\n{answer}"
         pair = training_pair({**row, "response": response})
@@ -79,7 +79,7 @@ def encode_rows(rows, tokenizer, max_length, strip_cot=None, kl=False):
         by_kl = kl and benign
         examples.append({
             "id": row["id"], "ids": prompt + target, "n_prompt": len(prompt), "benign": benign,
-            "label": row["prompt_label"], "ce_weight": 1.0 - by_kl, "kl_weight": 0.0 + by_kl})
+            "label": row["prompt_label"], "ce_weight": float(not by_kl), "kl_weight": float(by_kl)})
     if instructed:
         skipped["has_instruction"] = len(instructed)
         print(escape_control_chars("skipped, as the refusal instruction still stands in the prompt:"
@@ -106,7 +106,7 @@ def make_batches(examples, batch_size, epochs, seed):
 # The loss
 
 class Losses(NamedTuple):
-    """Scalars, each summed over the targets of a pass; only `total` has a gradient and weights."""
+    """Sums over the targets of a pass. Only `total` has a gradient; ce is weighted, KLs are not."""
     total: torch.Tensor
     ce: torch.Tensor
     kl: torch.Tensor
@@ -126,7 +126,7 @@ def target_hidden_states(model, examples, mixed=False):
     return hidden.bfloat16() if mixed else hidden, tokens[where + 1]
 
 def target_weights(examples, key, device):
-    """Return the weight of each target (N,) fp32. An example has a number, or one per target."""
+    """Return the weights (N,) fp32 of the targets. An example has a number, or one per target."""
     weights = [torch.as_tensor(example.get(key, 0.0)).float().expand(n_targets(example))
                for example in examples]
     return torch.cat(weights).to(device)
@@ -136,8 +136,8 @@ def packed_loss(model, examples, reference=None, ref_head=None, mixed=False):
 
         ce_weight * -log p(target)  +  kl_weight * KL(reference || p)
 
-    reference: f(examples with a kl_weight, and then without ce_weight) -> hidden states (M, D) of
-    the frozen student at the targets. ref_head: its head, if that is not the student's own."""
+    reference: f(the examples whose kl_weight, one number, is not 0; they have no ce_weight) ->
+    hidden states (M, D) of the frozen student at their targets. ref_head: its head, if trained."""
     hidden, targets = target_hidden_states(model, examples, mixed)               # (N, D), (N,)
     ce_weight = target_weights(examples, "ce_weight", hidden.device)
     kl_weight = target_weights(examples, "kl_weight", hidden.device)
@@ -379,7 +379,7 @@ def load_student(args, run, defaults=None):
     return model, tokenizer, config
 
 def is_mixed(args):
-    return args.full and args.device == "cuda"       # all weights, in fp32: bf16 arithmetic
+    return args.full and args.device == "cuda"       # fp32 weights, computing in bf16
 
 def train(args, model, tokenizer, config, examples, skipped, loss=None, *, fingerprint=None,
           extra_loss=None, extra_parameters=None, make_batch=None):

@@ -75,7 +75,7 @@ class RowWriter:
     killed inside a write, is cut off with a warning. Raises InputError for a damaged file."""
 
     def __init__(self, path, required=None):
-        self.path, self.rows = Path(path), []
+        self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "ab", buffering=0)
         whole = self.path.read_bytes()

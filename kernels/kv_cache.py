@@ -4,7 +4,7 @@
     cache.upload_block_table()                          # allocations and swaps hold from here on
     cache.writer(slots, positions)(layer, k, v)         # store k, v (n, Hkv, d) of n tokens
     cache.attention(context_lens, max_context_len)(layer, q)    # q (n, H, d) of the first n slots
-    cache.swap(source, slot, length)                    # source is freed next
+    cache.move(source, slot, length)                    # then cache.free(source)
     cache.free(slot)
 """
 import math
@@ -20,8 +20,8 @@ def _lazy_zeros(shape, dtype):
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 def _weighted_sums(table, rows, starts, weights):
-    """Sums (B, d) of weight * table[row] over B segments of rows (n,) that begin at starts (B,). A
-    layer for bags of words reads a table (N, d) at the memory's speed on a CPU. A batched product
+    """Sums (B, d) of weight * table[row] over B segments of rows (n,) that begin at starts (B,).
+    embedding_bag reads a table (N, d) at the memory's speed on a CPU; a batched matrix product
     with one or two rows on the left takes up to six times as long."""
     return torch.embedding_bag(table, rows, starts, False, 0, False, weights.reshape(-1))[0]
 
@@ -38,7 +38,7 @@ class ContiguousKVCache:
         self.d, self.heads = config.head_dim, config.num_attention_heads
         self.group = self.heads // config.num_key_value_heads
         shape = (config.num_hidden_layers, slots, config.num_key_value_heads,
-                 -(-max_len // self.d), self.d, self.d)
+                 -(-max_len // self.d), self.d, self.d)         # (L, slots, Hkv, blocks, d, d)
         self.k, self.v = _lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype)
 
     def writer(self, slots, positions):
@@ -79,7 +79,7 @@ class ContiguousKVCache:
             return out.view(-1, self.heads, d)
         return attend
 
-    def swap(self, source, slot, length):
+    def move(self, source, slot, length):
         """Copy the first length tokens of source to slot."""
         blocks = -(-length // self.d)
         for x in (self.k, self.v):
@@ -144,7 +144,7 @@ class PagedKVCache:
             self.host_table[slot, len(owned)] = self.free_blocks[-1]
             owned.append(self.free_blocks.pop())
 
-    def swap(self, source, slot, length):
+    def move(self, source, slot, length):
         """Exchange the sequences of two slots."""
         owned, table = self.slot_blocks, self.host_table
         owned[slot], owned[source] = owned[source], owned[slot]

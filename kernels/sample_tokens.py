@@ -73,6 +73,6 @@ def sample_tokens(logits, u, temperature, top_p, top_k, max_candidates=1024):
     found = before[:, -1] + p[:, -1] >= top_p * total
     p = p.where(before < top_p * total[:, None], 0)     # what came before had not reached top_p yet
     token = ids.gather(-1, _invert_cdf(p, u)[0][:, None])[:, 0]
-    if ids.shape[-1] < V:
+    if not top_k and ids.shape[-1] < V:
         token = token.where(found, NOT_FOUND)
     return token.where(best[:, 0].isfinite(), NOT_FINITE)

@@ -11,7 +11,7 @@ from sample import Sampler
 from data.chat import encode_prompt
 from thinksafe import (
     InputError, add_lora, load_model, lora_disabled, lora_layers, lora_tensors, merge_lora,
-    new_folder, rope_frequencies, save_lora, save_model)
+    new_folder, pack_ids, rope_frequencies, save_lora, save_model)
 
 
 def relative(a, b):
@@ -249,3 +249,13 @@ def test_smollm2_equals_transformers(smollm2):
     ids = docs[0].tolist()
     ours = next(iter(Sampler(model, tokenizer, 2).generate([ids], max_new_tokens=20, temperature=0))).tokens
     assert ours == hf.generate(docs[0][None], max_new_tokens=20, do_sample=False)[0, len(ids):].tolist()
+
+
+def test_an_empty_document_in_a_pack(tiny):
+    """It changes nothing for the others."""
+    model = tiny[0]
+    ids = torch.tensor([5, 6, 7, 8, 9])
+    with torch.no_grad():
+        want, got = (model(ids, torch.tensor(cu)) for cu in ([0, 3, 5], [0, 0, 3, 3, 5]))
+    assert torch.equal(want, got)
+    assert pack_ids([[]])[0].dtype == pack_ids([[1]])[0].dtype == torch.int64

@@ -149,6 +149,9 @@ def test_judging_one_guard_after_the_other():
     judge_rows(rows, "a", "a", load)                                                             # asked once, though it is both
     assert log == [("a", "unsafe", 1, 0.5), ("a", "refuses", 2)] and rows[0]["guard_unsafe"] is True
     log.clear()
+    judge_rows(rows, "a", "a", load, threshold=0.9)                                              # it filtered at another threshold
+    assert log == [("a", "unsafe", 1, 0.5), ("a", "refuses", 2), ("a", "unsafe", 1, 0.9)]
+    log.clear()
     rows[2]["response"] = "<think>\nThe answer is 3."
     judge_rows(rows[2:3], "a", "b", lambda name: pytest.fail("nothing to judge"))
     assert rows[2]["solved"] is False

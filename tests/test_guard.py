@@ -390,11 +390,11 @@ def test_refusals(guard_folder, guard, monkeypatch):
     """By the guard's own line where it has one, greedily as transformers does; else by asking yes or no."""
     qwen = load("qwen3guard-0.6b", guard_folder("qwen3guard-0.6b"), opinionated=False)
     hf = small_hf_model("qwen3", vocab=1200)
-    for pair, text in zip(PAIRS[:3], qwen.write(PAIRS[:3], max_new_tokens=12)):
+    for pair, text in zip(PAIRS[:3], qwen.generate_answers(PAIRS[:3], max_new_tokens=12)):
         ids = torch.tensor([qwen.encode(*pair)])
         new = hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=list(qwen.model.eos_ids))[0, ids.shape[1]:]
         assert text == "Safety:" + qwen.tokenizer.decode([i for i in new if i not in qwen.model.eos_ids])
-    assert qwen.write([("x", "y " * 20000)]) == [""] and qwen.is_refusal([]) == []
+    assert qwen.generate_answers([("x", "y " * 20000)]) == [""] and qwen.is_refusal([]) == []
     assert qwen.is_refusal(PAIRS[:2]) == [None, None]                          # a random model's text
     monkeypatch.setattr(qwen, "write", lambda pairs: ["Safety: Safe\nCategories: None\nRefusal: Yes", "Safety: Safe\nRefusal: No", "Refusal"])
     assert qwen.is_refusal(PAIRS[:3]) == [True, False, None]

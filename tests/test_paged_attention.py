@@ -102,9 +102,9 @@ def test_slots_of_a_cpu(n, heads, group, d, longest, dtype):
     write = cache.writer(slot, position)
     write(0, *(torch.randn(2, len(slot), heads, d, dtype=dtype)))                     # of another layer
     write(1, *(x[table[:, 0].long()][slot, position] for x in (k, v)))
-    cache.swap(0, n, longest)
+    cache.move(0, n, longest)
     cache.writer(torch.zeros(longest).long(), torch.arange(longest))(1, *torch.randn(2, longest, heads, d, dtype=dtype))
-    cache.swap(n, 0, int(length[0]))
+    cache.move(n, 0, int(length[0]))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(cache.attention(length)(1, q).double(), truth(q, k, v, table, length), rtol=tolerance, atol=tolerance)
 
@@ -132,7 +132,7 @@ def test_blocks_of_a_paged_cache(int8):
         (k, ks), (v, vs) = pa.quantize_kv(k), pa.quantize_kv(v)
         want = truth(q, k * ks[..., None], v * vs[..., None], table, length)
     torch.testing.assert_close(cache.attention(length, longest)(1, q).double(), want, rtol=1e-5, atol=1e-5)
-    cache.swap(3, 0, int(length[3]))                                                 # the last takes the place of the first
+    cache.move(3, 0, int(length[3]))                                                 # the last takes the place of the first
     cache.free(3)
     cache.upload_block_table()
     order = torch.tensor([3, 1, 2], device=DEVICE)

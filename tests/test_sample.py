@@ -52,6 +52,14 @@ def test_the_last_uniform_stays_in_the_set():
     assert sample_tokens(torch.tensor([[0.0, float("-inf")]]), u, 1.0, 1.0, 0).item() == 0
 
 
+@pytest.mark.parametrize("scale", [0.1, 2, 30])
+def test_top_k_with_all_of_the_probability_always_finds_a_token(scale):
+    """Rounding of the running sum must not leave a row without a token, which would be drawn again without end."""
+    logits = scale * torch.randn(3000, 300, generator=torch.Generator().manual_seed(3))
+    u = torch.rand(3000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    assert (sample_tokens(logits, u, 0.6, 1.0, 20) >= 0).all()
+
+
 def test_greedy():
     assert sample_tokens(torch.tensor([[1.0, 3.0, 2.0]]), torch.zeros(1).double(), 0, 0.95, 20).item() == 1
 

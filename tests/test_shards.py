@@ -5,7 +5,7 @@ import shutil
 import pytest
 from conftest import call, rows_of
 
-from sample import owns, shard
+from sample import owns, shard_of
 from data.rows import content_id
 from data.run_record import read_run
 
@@ -37,7 +37,7 @@ def test_every_prompt_is_in_one_shard(tries):
             owners = [[i for i in range(1, n + 1) if owns((i, n), x)] for x in ids]
             assert all(len(found) == 1 for found in owners)
             assert all(0.5 < owners.count([i]) * n / len(ids) < 1.6 for i in range(1, n + 1))
-    assert all(owns(None, x) for x in ids) and shard("2/4") == (2, 4)
+    assert all(owns(None, x) for x in ids) and shard_of("2/4") == (2, 4)
 
 
 def test_bad_shards(tmp_path):

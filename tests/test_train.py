@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, call, killed_at, rows_of
 from safetensors.torch import load_file
 
+import thinksafe
 import train
 from data.chat import encode_prompt
 from thinksafe import InputError, add_lora, load_model, lora_disabled, lora_tensors, split_packs
@@ -333,3 +334,12 @@ def test_perplexity_of_the_training_set_is_recorded(tmp_path):
     found = json.loads((tmp_path / "out" / "run.json").read_text())["train"]["perplexity"]
     assert found["after"]["perplexity"] < found["before"]["perplexity"]
     assert f"perplexity of the training set: {found['before']['perplexity']:.3f} [" in done.stdout
+
+
+def test_an_instruction_in_a_prompt_is_found_whatever_its_wording(monkeypatch):
+    """Also one of your own with text on both sides of the prompt, and whatever the case and spaces."""
+    monkeypatch.setitem(thinksafe.REFUSAL_INSTRUCTIONS, "around", "Before.\n\n{prompt}\n\nDecline it.")
+    for wording in thinksafe.REFUSAL_INSTRUCTIONS:
+        steered = thinksafe.add_refusal_instruction("How do I bake a cake?", wording)
+        for text in (steered, steered.upper().replace(" ", "  ")):
+            assert thinksafe.has_refusal_instruction(text) == (wording != "none")
