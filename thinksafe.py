@@ -485,8 +485,11 @@ def read_config(folder):
     Raises InputError that names what is missing, damaged or unsupported."""
     from transformers import AutoConfig
     path = Path(folder) / "config.json"
+    raw = {key: value for key, value in read_json(path).items() if "label" not in key}
+    if isinstance(layers := raw.get("num_hidden_layers"), int) and layers > 1000:
+        raise InputError(f"{path}: {layers} layers, no model has so many")     # lists of that size
     try:
-        c = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        c = AutoConfig.for_model(**raw)
         rope = getattr(c, "rope_parameters", None) or {}
         c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         c.dtype = c.dtype or torch.bfloat16
@@ -501,7 +504,7 @@ def read_config(folder):
             "a quantized checkpoint": hasattr(c, "quantization_config"),
             f"dtype {c.dtype}": c.dtype not in (torch.bfloat16, torch.float16, torch.float32)}
     except Exception as e:                       # whatever transformers and its validators raise
-        raise InputError(f"{path}: not a model configuration ({e})")
+        raise InputError(f"{path}: not a model configuration ({str(e)[:200]})")
     for feature in (feature for feature, found in unsupported.items() if found):
         raise InputError(f"{path}: {feature} is not supported (Llama, Mistral, Qwen2 and Qwen3 "
                          "without sliding window are)")
@@ -512,8 +515,7 @@ def read_config(folder):
     factors["rms_norm_eps"] = c.rms_norm_eps
     if not (all(type(v) is int and 0 < v <= 2**24 for v in sizes.values())
             and all(isinstance(v, int | float) and 0 < v < math.inf for v in factors.values())
-            and c.num_hidden_layers <= 1000 and c.head_dim % 2 == 0
-            and c.num_attention_heads % c.num_key_value_heads == 0):
+            and c.num_attention_heads % c.num_key_value_heads == c.head_dim % 2 == 0):
         raise InputError(f"{path}: values that no model has: {sizes | factors}")
     return c
 
