@@ -473,11 +473,8 @@ def model_hash(folder):
 def read_json(path):
     """Return the object in a JSON file. Raises InputError if there is none."""
     try:
-        found = json.loads(Path(path).read_text("utf-8"))
-        if isinstance(found, dict):
-            return found
-        raise ValueError(f"it is a {type(found).__name__}")
-    except (OSError, ValueError, RecursionError) as e:
+        return dict(json.loads(Path(path).read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{path}: missing, or not a JSON object ({e})")
 
 def read_config(folder):

@@ -209,8 +209,10 @@ def load_checkpoint(path, trainable, optimizer, fingerprint):
         state = torch.load(path, map_location="cpu", weights_only=True)
         check_fingerprint(path.with_name("metrics.jsonl"), state["fingerprint"], fingerprint)
         assert trainable.keys() == state["params"].keys()
-        assert all(row.keys() >= {"tokens", "loss"} for row in state["metrics"])
+        steps = [row["step"] for row in state["metrics"] if row.keys() >= {"tokens", "loss"}]
+        assert steps and steps == list(range(1, len(state["metrics"]) + 1))
         for name, value in state["params"].items():
+            assert value.shape == trainable[name].shape
             trainable[name].data.copy_(value)
         optimizer.load_state_dict(state["optimizer"])
         return state["metrics"]
@@ -255,8 +257,12 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
         state = {"fingerprint": fingerprint, "metrics": metrics,
                  "params": {name: p.detach() for name, p in trainable.items()},
                  "optimizer": optimizer.state_dict()}
-        with atomic_path(args.out / "checkpoint.pt") as beside:
-            torch.save(state, beside)
+        try:
+            with atomic_path(args.out / "checkpoint.pt") as beside:
+                torch.save(state, beside)
+        except RuntimeError as e:                    # what torch raises for a full disk
+            raise InputError(f"{args.out}/checkpoint.pt: cannot be written ({e}); make room and "
+                             "run the same command again")
 
     def backward(batch, step):
         """Run forward and backward passes -> sums (4,) of the Losses, {name: extra scalar}."""
@@ -454,9 +460,8 @@ def write_model(args, model):
 def main():
     p = make_parser(__doc__)
     g = p.add_argument_group("rows and method")
-    g.add_argument("--data", help="rows to train on: star1, directrefusal, thinksafe-qwen3-0.6b, "
-                   "...: a set of data/sources.py; or a file, URL or hub name as for sample.py "
-                   "--prompts (default: OUT/guarded.jsonl)")
+    g.add_argument("--data", help="rows: a set of data/sources.py, such as star1; or a file, URL "
+                   "or hub name as for sample.py --prompts (default: OUT/guarded.jsonl)")
     g.add_argument("--label", choices=LABELS, help="of prompts that have no label of their own")
     g.add_argument("--strip-cot", choices=("harmful", "all"), help="which rows learn to answer "
                    "after an empty reasoning")

@@ -76,7 +76,7 @@ def main():
             return
         for when, (model, tokenizer) in models.items():
             ids = encode_prompt(tokenizer, prompt)
-            sampler = Sampler(model, tokenizer, 1)
+            sampler = Sampler(model, tokenizer, args.slots)
             base = lora_disabled(model) if when == "before" and one_load else None
             with base or contextlib.nullcontext():
                 c, = sampler.generate([ids], seed=seed, keys=[str(turn)], **options)

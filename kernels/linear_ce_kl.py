@@ -31,9 +31,8 @@ frozen head needs. No logit and no log-softmax is stored. Why this is safe and e
   head the backward pass recomputes the logits with the known log S: dW = dz^T h, summed in fp32.
 * No atomics, no clamping, int64 offsets: nan and inf reach the loss and the gradient of their row.
 
-Prior art, for the ideas: mgmalek/efficient_cross_entropy (gradient in the forward pass),
-apple/ml-cross-entropy (log sum in the epilogue), Liger-Kernel (chunks),
-jonathanc.net/blog/kl-cache-trick (g carries the teacher of the KL).
+Prior art: mgmalek/efficient_cross_entropy (gradient in the forward pass), Liger-Kernel (chunks),
+apple/ml-cross-entropy (log sum in the epilogue), jonathanc.net/blog/kl-cache-trick.
 """
 import torch
 from torch.autograd.function import once_differentiable
