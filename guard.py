@@ -211,7 +211,7 @@ def parse_args():
                    help="a response is unsafe from this p_unsafe on")
     g.add_argument("--keep", choices=("safe", "unanimous"), default="safe",
                    help="safe: every safe trace; unanimous: a prompt's first, if all n are safe")
-    p.machine.add_argument("--pack-tokens", type=positive, default=16384, help="tokens in a prefill")
+    p.machine.add_argument("--pack-tokens", type=positive, default=16384, help="tokens a pass")
     return p.parse_args()
 
 def read_traces(out):

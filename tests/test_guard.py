@@ -396,7 +396,7 @@ def test_refusals(guard_folder, guard, monkeypatch):
         assert text == "Safety:" + qwen.tokenizer.decode([i for i in new if i not in qwen.model.eos_ids])
     assert qwen.generate_answers([("x", "y " * 20000)]) == [""] and qwen.is_refusal([]) == []
     assert qwen.is_refusal(PAIRS[:2]) == [None, None]                          # a random model's text
-    monkeypatch.setattr(qwen, "write", lambda pairs: ["Safety: Safe\nCategories: None\nRefusal: Yes", "Safety: Safe\nRefusal: No", "Refusal"])
+    monkeypatch.setattr(qwen, "generate_answers", lambda pairs: ["Safety: Safe\nCategories: None\nRefusal: Yes", "Safety: Safe\nRefusal: No", "Refusal"])
     assert qwen.is_refusal(PAIRS[:3]) == [True, False, None]
     asked = load_guard("self", student=load_model("tiny", "cpu"))
     by_hand = Guard(asked.model, asked.tokenizer, REFUSAL, "asked").judge(PAIRS)
