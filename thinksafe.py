@@ -473,7 +473,7 @@ def model_hash(folder):
 def read_json(path):
     """Return the object in a JSON file. Raises InputError if there is none."""
     try:
-        return dict(json.loads(Path(path).read_text("utf-8")))
+        return {**json.loads(Path(path).read_text("utf-8"))}
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{path}: missing, or not a JSON object ({e})")
 
