@@ -1,7 +1,6 @@
 """The commands as a user types them: end to end, stopped and resumed, and with bad input."""
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -261,18 +260,7 @@ def test_unanimous_keeps_one_of_n_or_none(tmp_path):
     assert any(r["keep"] for g in groups.values() for r in g) and not all(any(r["keep"] for r in g) for g in groups.values())
 
 
-def test_help_and_kernels_package_make_no_noise(tmp_path):
+def test_help_makes_no_noise():
     for script in ("sample.py", "guard.py", "train.py", "eval.py"):
         done = call(script, "--help")
         assert done.returncode == 0 and not done.stderr and "--out" in done.stdout
-    fake = tmp_path / "kernels"                                             # the hub's package of the same name, installed
-    fake.mkdir()
-    (fake / "__init__.py").write_text("from kernels.inner import get_kernel\n__version__ = '0.1'\n")
-    (fake / "inner.py").write_text("def get_kernel(): return 'hub'\n")
-    code = "import thinksafe; from linear_ce_kl import linear_ce_kl; from kernels import get_kernel; assert get_kernel() == 'hub'; import transformers, bitsandbytes.optim"
-    both = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert both.returncode == 0 and not both.stderr, both.stderr
-    code = ("import thinksafe, linear_ce_kl, transformers; from transformers.utils import is_kernels_available; assert not is_kernels_available();"
-            "import bitsandbytes.optim, peft")
-    alone = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert alone.returncode == 0 and not alone.stderr, alone.stderr
