@@ -142,9 +142,8 @@ def packed_loss(model, examples, reference=None, ref_head=None, mixed=False):
     ce_weight = target_weights(examples, "ce_weight", hidden.device)
     kl_weight = target_weights(examples, "kl_weight", hidden.device)
     ref_hidden, rows = None, kl_weight != 0
-    if rows.any():
+    if asked := [example for example in examples if example.get("kl_weight")]:
         ref_hidden = torch.zeros_like(hidden)
-        asked = [example for example in examples if example.get("kl_weight")]
         ref_hidden[rows] = reference(asked).to(hidden)
     loss = linear_ce_kl(hidden, model.head.to(hidden.dtype), targets, ce_weight, ref_hidden,
                         kl_weight, None if ref_hidden is None else ref_head)     # (N,)
