@@ -27,13 +27,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from data.benchmarks import BENCHMARKS, overlap
+from data.benchmarks import describe_rows
 from data.chat import encode_training_pair, normalize_think_tags, rejection_reason, template_hash
 from data.rows import RowWriter, atomic_path, content_id, write_rows
 from data.run_record import Stage, check_fingerprint, read_run, stage_seed
-from data.sources import VERSIONS, balanced_subset, label_counts, training_rows
+from data.sources import VERSIONS, draw_examples, read_training_rows, training_rows
 from thinksafe import (
-    LABELS, TINY, InputError, add_lora, bounded, choose_dtype, cli, escape_control_chars,
+    LABELS, InputError, add_lora, bounded, choose_dtype, cli, escape_control_chars,
     free_memory, has_refusal_instruction, is_harmful, is_tiny, load_lora, load_model,
     lora_disabled, lora_layers, lora_tensors, make_parser, merge_lora, pack_ids, positive,
     progress, save_lora, save_model, seed_value, split_packs, training_pair)
@@ -359,6 +359,14 @@ def add_training_flags(p):
                    help="write a merged model that transformers loads, instead of an adapter")
     g.add_argument("--save-every", type=positive, default=50, help="steps between checkpoints")
 
+def add_row_flags(p):
+    g = p.add_argument_group("rows and method")
+    g.add_argument("--data", help="rows: a set of data/sources.py, such as star1; or a file, URL "
+                   "or hub name as for sample.py --prompts (default: OUT/guarded.jsonl)")
+    g.add_argument("--label", choices=LABELS, metavar="LABEL", help="of prompts that have no label "
+                   f"of their own: {', '.join(LABELS)}")
+    return g
+
 def load_student(args, run, defaults=None):
     """Load the student, with LoRA on it unless --full -> (model, tokenizer, config). config: the
     recipe, from the flags, else from `defaults`, else the paper's or the tiny one."""
@@ -383,6 +391,18 @@ def load_student(args, run, defaults=None):
                  config["lora_targets"].split(","))
     return model, tokenizer, config
 
+def load_examples(args, encode, read=training_rows):
+    """Read rows, load the student, encode rows -> (model, tokenizer, config, examples, skipped).
+    encode: f(rows, tokenizer, max_length), such as `encode_rows`. read: see read_training_rows."""
+    run = read_run(args.out)
+    rows = read_training_rows(args.data, args.label, args.out, run.get("guard", {}), read)
+    model, tokenizer, config = load_student(args, run)
+    print(escape_control_chars(describe_rows(rows, model.folder)))
+    max_length = min(config["max_length"], model.config.max_position_embeddings)
+    examples, skipped = encode(rows, tokenizer, max_length)
+    examples = draw_examples(examples, skipped, args.limit, args.seed)
+    return model, tokenizer, config, examples, skipped
+
 def is_mixed(args):
     return args.full and args.device == "cuda"       # fp32 weights, computing in bf16
 
@@ -394,11 +414,6 @@ def train(args, model, tokenizer, config, examples, skipped, loss=None, *, finge
     depends on beyond add_training_flags. extra_parameters: {name: parameter} to train too."""
     rank, world = join_ranks(args.device)
     loss = loss or functools.partial(packed_loss, model, mixed=is_mixed(args))
-    if not examples:
-        raise InputError(f"none of the rows can be trained on ({dict(skipped)})")
-    if args.limit and args.limit < len(examples):
-        skipped["not_drawn"] = len(examples) - args.limit
-        examples = balanced_subset(examples, args.limit, args.seed)
     if world > (n := min(config["batch_size"], len(examples))):
         raise InputError(f"{world} ranks for steps of {n} rows: use fewer, or more --batch-size")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -458,10 +473,7 @@ def write_model(args, model):
 
 def main():
     p = make_parser(__doc__)
-    g = p.add_argument_group("rows and method")
-    g.add_argument("--data", help="rows: a set of data/sources.py, such as star1; or a file, URL "
-                   "or hub name as for sample.py --prompts (default: OUT/guarded.jsonl)")
-    g.add_argument("--label", choices=LABELS, help="of prompts that have no label of their own")
+    g = add_row_flags(p)
     g.add_argument("--strip-cot", choices=("harmful", "all"), help="which rows learn to answer "
                    "after an empty reasoning")
     g.add_argument("--kl", action="store_true", help="benign rows: forward KL to the frozen "
@@ -469,21 +481,8 @@ def main():
     add_training_flags(p)
     args = p.parse_args()
     join_ranks(args.device)
-
-    run = read_run(args.out)
-    judged = run.get("guard", {})
-    if args.data is None and not judged.get("finished"):
-        raise InputError(f"{args.out}: guard.py has not finished there; run it first, or give rows "
-                         "with --data FILE")
-    rows = training_rows(args.data or args.out, args.label)
-    if args.data is None and len(rows) < judged.get("rows", 0):
-        raise InputError(f"{args.out}/guarded.jsonl: {len(rows)} of the {judged['rows']} rows that "
-                         "guard.py wrote are there; run it again, or give rows with --data FILE")
-    model, tokenizer, config = load_student(args, run)
-    benchmarks = [TINY / "eval.jsonl"] if is_tiny(model.folder) else list(BENCHMARKS)
-    print(escape_control_chars(f"data: {label_counts(rows)}\n{overlap(rows, benchmarks)}"))
-    max_length = min(config["max_length"], model.config.max_position_embeddings)
-    examples, skipped = encode_rows(rows, tokenizer, max_length, args.strip_cot, args.kl)
+    encode = functools.partial(encode_rows, strip_cot=args.strip_cot, kl=args.kl)
+    model, tokenizer, config, examples, skipped = load_examples(args, encode)
     frozen, mixed = model, is_mixed(args)
     if args.full and args.kl:
         frozen, _ = load_model(model.name, args.device, model.head.dtype)

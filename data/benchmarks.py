@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 from data.chat import OutOfTime, time_limit
 from data.sources import (
-    SETS, Unavailable, find_label, find_prompt, has_value, load_rows, prompt_rows)
+    SETS, Unavailable, find_label, find_prompt, has_value, label_counts, load_rows, prompt_rows)
 from data.rows import content_id
-from thinksafe import ROOT, InputError, escape_control_chars
+from thinksafe import ROOT, TINY, InputError, escape_control_chars, is_tiny
 from tiny import world
 
 # ---------------------------------------------------------------------------------------------
@@ -409,3 +409,9 @@ def paper_figures(model, names):
                     found[name] = round(sum(found[part] for part in parts) / len(parts), 2)
                 figures[row["when"]] = found
     return figures if any(figures.values()) else {}
+
+def describe_rows(rows, student):
+    """Return two lines: how many training rows there are of each label, and how many have a prompt
+    of evaluation. student: folder of the model, which tells the benchmarks that are meant."""
+    names = [TINY / "eval.jsonl"] if is_tiny(student) else list(BENCHMARKS)
+    return f"data: {label_counts(rows)}\n{overlap(rows, names)}"

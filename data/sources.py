@@ -373,6 +373,20 @@ def label_counts(rows):
     parts = [f"{counts[label]:,} {label}" for label in LABELS if counts[label]]
     return f"{len(rows):,} rows ({', '.join(parts)})"
 
+def read_training_rows(source, label, out, judged, read=training_rows):
+    """Read the rows of a source or, for None, those that guard.py has written into the folder out.
+
+    judged: guard.py's entry in the run record. read: training_rows, or prompt_rows where no
+    responses are needed. Raises InputError when guard.py's rows are asked for and not complete."""
+    if source is None and not judged.get("finished"):
+        raise InputError(f"{out}: guard.py has not finished there; run it first, or give rows with "
+                         "--data FILE")
+    rows = read(source or out, label)
+    if source is None and read is training_rows and len(rows) < judged.get("rows", 0):
+        raise InputError(f"{out}/guarded.jsonl: {len(rows)} of the {judged['rows']} rows that "
+                         "guard.py wrote are there; run it again, or give rows with --data FILE")
+    return rows
+
 def balanced_subset(examples, n, seed):
     """Draw n rows or examples, equally many of each `label` as far as there are."""
     drawn, ranked = Counter(), []
@@ -380,3 +394,13 @@ def balanced_subset(examples, n, seed):
         drawn[example["label"]] += 1
         ranked.append((drawn[example["label"]], example))
     return [example for _, example in sorted(ranked, key=lambda pair: pair[0])[:n]]
+
+def draw_examples(examples, skipped, limit, seed):
+    """Return at most `limit` of the examples (None: all), and count the others in skipped. Raises
+    InputError when there are none."""
+    if not examples:
+        raise InputError(f"none of the rows can be trained on ({dict(skipped)})")
+    if limit and limit < len(examples):
+        skipped["not_drawn"] = len(examples) - limit
+        examples = balanced_subset(examples, limit, seed)
+    return examples

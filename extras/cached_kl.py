@@ -19,7 +19,6 @@ import time
 import torch
 
 import train
-from extras.rows import add_row_flags, load_examples
 from data.chat import template_hash
 from data.rows import atomic_path, content_id, write_atomic
 from thinksafe import InputError, bounded, cli, load_model, make_parser, progress, split_packs
@@ -86,7 +85,7 @@ def cached_reference(out, reference, examples, pack_tokens, max_gb, fingerprint)
 
 def main():
     p = make_parser(__doc__)
-    g = add_row_flags(p)
+    g = train.add_row_flags(p)
     g.add_argument("--strip-cot", choices=("harmful", "all"),
                    help="train these rows to answer after an empty reasoning")
     g.add_argument("--gb", type=bounded(float, 0), default=100.0,
@@ -95,7 +94,7 @@ def main():
     args = p.parse_args()
     train.join_ranks(args.device)
     encode = functools.partial(train.encode_rows, strip_cot=args.strip_cot, kl=True)
-    model, tokenizer, config, examples, skipped = load_examples(args, encode)
+    model, tokenizer, config, examples, skipped = train.load_examples(args, encode)
     mixed = train.is_mixed(args)
     frozen = load_model(model.name, args.device, model.head.dtype)[0] if args.full else model
     reference = train.frozen_reference(frozen, mixed)

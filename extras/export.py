@@ -19,11 +19,12 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 import train
+from data.benchmarks import describe_rows
 from data.chat import decode_text
 from data.rows import content_id, read_rows, write_atomic, write_rows
 from data.run_record import read_run, stage_seed
+from data.sources import draw_examples, read_training_rows
 from extras.compare import as_markdown
-from extras.rows import add_row_flags, draw_examples, print_rows, read_training_rows
 from thinksafe import (
     HelpFormatter, InputError, Parser, cli, escape_control_chars, is_tiny, load_tokenizer,
     model_hash, positive, read_config, read_json, resolve_model, seed_value)
@@ -57,18 +58,18 @@ def export_trl(path, examples, tokenizer):
 def load_examples(args):
     """Encode the rows that train.py would train on -> (examples, tokenizer)."""
     run = read_run(args.out)
-    rows = read_training_rows(args, run)
+    rows = read_training_rows(args.data, args.label, args.out, run.get("guard", {}))
     if args.model is None and "sample" not in run:
         raise InputError(f"{args.out}: no sample.py run to take the model from; give --model")
     args.seed = stage_seed(args, run)
     folder = resolve_model(args.model or run["sample"]["model"]).folder
-    print_rows(rows, folder)
+    print(escape_control_chars(describe_rows(rows, folder)))
     config = train.TINY_CONFIG if is_tiny(folder) else train.PAPER_CONFIG
     max_length = args.max_length or config["max_length"]
     max_length = min(max_length, read_config(folder).max_position_embeddings)
     tokenizer = load_tokenizer(folder)
     examples, skipped = train.encode_rows(rows, tokenizer, max_length, args.strip_cot)
-    return draw_examples(args, examples, skipped), tokenizer
+    return draw_examples(examples, skipped, args.limit, args.seed), tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # The model card
@@ -234,7 +235,7 @@ def main():
     g = p.add_argument_group("trackers")
     g.add_argument("--follow", action="store_true",
                    help="send rows as train.py writes them, until it has finished")
-    g = add_row_flags(p)
+    g = train.add_row_flags(p)
     g.add_argument("--strip-cot", choices=("harmful", "all"), help="as for train.py")
     g.add_argument("--model", help="student, as for train.py")
     g.add_argument("--limit", type=positive, help="rows, as for train.py")

@@ -18,7 +18,6 @@ import torch
 
 import train
 from data.chat import decode_text
-from extras.rows import add_row_flags, load_examples
 from thinksafe import cli, escape_control_chars, load_model, make_parser, split_packs
 
 from linear_ce_kl import CPU_ROWS, GPU_BUFFER
@@ -114,13 +113,13 @@ def free_bytes(device):
 
 def main():
     p = make_parser(__doc__)
-    g = add_row_flags(p)
+    g = train.add_row_flags(p)
     g.add_argument("--kl", action="store_true", help="as for train.py")
     g.add_argument("--strip-cot", choices=("harmful", "all"), help="as for train.py")
     train.add_training_flags(p)
     args = p.parse_args()
     encode = functools.partial(train.encode_rows, strip_cot=args.strip_cot, kl=args.kl)
-    model, tokenizer, config, examples, _ = load_examples(args, encode)
+    model, tokenizer, config, examples, _ = train.load_examples(args, encode)
     shown = {"student": model.name, "device": args.device, **config,
              "pack_tokens": args.pack_tokens}
     print(escape_control_chars("\n".join(f"{key:16}{value}" for key, value in shown.items())))

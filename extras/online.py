@@ -34,16 +34,16 @@ from pathlib import Path
 import torch
 
 import train
-from data.sources import prompt_rows
+from data.benchmarks import describe_rows
+from data.sources import draw_examples, prompt_rows
 from extras.linear_reverse_kl import linear_reverse_kl
-from extras.rows import print_rows
 from guard import load_guard
 from sample import Sampler, add_sampling_flags, sampling_options
 from data.chat import decode_response, encode_prompt
 from data.run_record import read_run
 from thinksafe import (
-    LABELS, InputError, cli, is_harmful, is_tiny, load_model, lora_disabled, make_parser, positive,
-    split_packs)
+    LABELS, InputError, cli, escape_control_chars, is_harmful, is_tiny, load_model, lora_disabled,
+    make_parser, positive, split_packs)
 
 from linear_ce_kl import linear_ce_kl
 
@@ -340,7 +340,7 @@ def main():
                          "prompts with --prompts FILE")
     rows = prompt_rows(args.prompts or args.out / "samples.jsonl", args.label)
     model, tokenizer, config = train.load_student(args, run, CONFIG[args.method])
-    print_rows(rows, model.folder)
+    print(escape_control_chars(describe_rows(rows, model.folder)))
     n = args.rollouts or ROLLOUTS[args.method]
     earlier = run.get("sample", {}).get("fingerprint", {})
     sampling = sampling_options(args, model, {**earlier, **SAMPLING[args.method]})
@@ -351,6 +351,7 @@ def main():
         teacher = load_teacher(args, model, tokenizer)
     online = Online(args, n, config, sampling, model, tokenizer, guard, teacher)
     examples, skipped = online.encode(rows)
+    examples = draw_examples(examples, skipped, args.limit, args.seed)
     fingerprint = {"online": args.method, "rollouts": n, **sampling, "hints": online.hints,
                    "teacher": teacher and teacher.hash,
                    "guard": guard and [Path(guard.name).name, guard.model.hash]}

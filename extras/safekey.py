@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 import train
-from extras.rows import add_row_flags, load_examples
 from data.chat import decode_text, normalize_think_tags, think_prefix
 from data.rows import content_id
 from thinksafe import InputError, cli, make_parser, pack_ids, split_packs
@@ -120,11 +119,11 @@ def make_extra_loss(args, model, heads, first_step):
 
 def main():
     p = make_parser(__doc__)
-    add_row_flags(p)
+    train.add_row_flags(p)
     train.add_training_flags(p)
     args = p.parse_args()
     train.join_ranks(args.device)
-    model, tokenizer, config, examples, skipped = load_examples(args, encode_rows)
+    model, tokenizer, config, examples, skipped = train.load_examples(args, encode_rows)
     keys = [example.get("key") for example in examples]
     if not any(keys):
         raise InputError(f"{args.data or args.out}: no row whose reasoning has two sentences")

@@ -11,7 +11,6 @@ from collections import Counter
 
 import train
 from data.sources import prompt_rows
-from extras.rows import add_row_flags, load_examples
 from data.chat import encode_training_pair
 from thinksafe import cli, has_refusal_instruction, is_harmful, make_parser
 
@@ -36,7 +35,7 @@ def encode_prompts(rows, tokenizer, max_length, words=WORDS):
 
 def main():
     p = make_parser(__doc__)
-    g = add_row_flags(p)
+    g = train.add_row_flags(p)
     g.add_argument("--words", default=WORDS, help="how the reasoning is to begin")
     train.add_training_flags(p)
     args = p.parse_args()
@@ -44,7 +43,7 @@ def main():
 
     def encode(rows, tokenizer, max_length):
         return encode_prompts(rows, tokenizer, max_length, args.words)
-    model, tokenizer, config, examples, skipped = load_examples(args, encode, prompt_rows)
+    model, tokenizer, config, examples, skipped = train.load_examples(args, encode, prompt_rows)
     train.train(args, model, tokenizer, config, examples, skipped,
                 fingerprint={"safepath": args.words})
 
