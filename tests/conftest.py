@@ -21,7 +21,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"            # kernels run in Triton's interpreter; read when triton is imported
 
-from thinksafe import load_model
+from thinksafe import add_lora, load_model, load_tokenizer, lora_tensors
 
 
 def pytest_collection_modifyitems(items):
@@ -107,6 +107,30 @@ def folders(tmp_path_factory):
     return get
 
 
+@pytest.fixture
+def student_with_lora(folders):
+    """-> (model, tokenizer): a small random student with LoRA on it that is not zero."""
+    model, tokenizer = load_model(folders("qwen3")[1], "cpu", torch.float32)
+    torch.manual_seed(0)
+    add_lora(model, 4, 8, 0.0, ("q_proj", "v_proj", "up_proj"))
+    for p in lora_tensors(model).values():
+        p.normal_(std=0.1)
+    return model, tokenizer
+
+
+@pytest.fixture
+def tokenizer():
+    return load_tokenizer(ROOT / "tiny" / "tokenizer")
+
+
+@pytest.fixture
+def opened():
+    """A tokenizer whose template opens <think> itself, as R1's does."""
+    tokenizer = load_tokenizer(ROOT / "tiny" / "tokenizer")
+    tokenizer.chat_template = "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n{{ '<think>\n' }}"
+    return tokenizer
+
+
 def command(script):
     """The words behind `python` that run a script or a module of the repository."""
     return [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
@@ -144,6 +168,25 @@ def call(script, *args):
     if done.stdout.rstrip().endswith("}"):
         done.json = json.loads(done.stdout.strip().splitlines()[-1])
     return done
+
+
+def on_a_terminal(*words, typed=""):
+    """Run a command with all its streams on a terminal of 130 columns, where `typed` is typed -> (exit code, all that it showed)."""
+    import pty
+    import termios
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (40, 130))
+    job = subprocess.Popen([sys.executable, *map(str, words)], stdin=slave, stdout=slave, stderr=slave, cwd=ROOT)
+    os.close(slave)
+    os.write(master, typed.encode())
+    shown = b""
+    while True:
+        try:
+            shown += os.read(master, 65536)
+        except OSError:                                           # the other end is closed
+            break
+    os.close(master)
+    return job.wait(), shown.decode()
 
 
 def killed_at(script, flags, path, lines, how=signal.SIGKILL):

@@ -5,16 +5,12 @@ import contextlib
 import functools
 import importlib
 import json
-import os
-import pty
 import re
-import subprocess
 import sys
-import termios
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, call, run
+from conftest import ROOT, call, on_a_terminal, run
 
 import thinksafe
 from thinksafe import MOVED, progress
@@ -202,22 +198,6 @@ def test_a_wrong_flag_is_one_line(script):
 
 # ---------------------------------------------------------------------------------------------
 # Progress
-
-
-def on_a_terminal(*command):
-    """Run a command with all its streams on a terminal of 130 columns -> (exit code, all that it showed)."""
-    master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (40, 130))
-    job = subprocess.Popen([sys.executable, *map(str, command)], stdin=slave, stdout=slave, stderr=slave, cwd=ROOT)
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            shown += os.read(master, 65536)
-        except OSError:                                           # the other end is closed
-            break
-    os.close(master)
-    return job.wait(), shown.decode()
 
 
 def test_progress_on_a_terminal_is_a_bar_with_rate_time_left_and_figure(tmp_path):

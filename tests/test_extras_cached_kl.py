@@ -1,5 +1,4 @@
 """extras/cached_kl.py: what is read back is what the frozen student says; files that are not whole or of another run."""
-import json
 import resource
 import signal
 
@@ -9,30 +8,14 @@ from conftest import call, killed_at, rows_of
 from safetensors.torch import load_file
 
 from extras.cached_kl import cached_reference
-from thinksafe import InputError, add_lora, load_model, lora_tensors
+from thinksafe import InputError
 from train import encode_rows, frozen_reference
-
-
-def trace(i, label="vanilla_harmful", **more):
-    return {"id": str(i), "instruction": f"Question {i}?", "prompt_label": label,
-            "response": f"<think>\nThe user asks {i}." + " More." * (i % 5) + f"\n</think>\n\nAnswer {i}.", **more}
-
-
-ROWS = [trace(i, ("vanilla_harmful", "adversarial_benign", "vanilla_benign")[i % 3]) for i in range(11)]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
+from training_rows import ROWS, write
 
 
 @pytest.fixture
-def model_and_examples(folders):
-    model, tokenizer = load_model(folders("qwen3")[1], "cpu", torch.float32)
-    torch.manual_seed(0)
-    add_lora(model, 4, 8, 0.0, ("q_proj", "v_proj", "up_proj"))
-    for p in lora_tensors(model).values():
-        p.normal_(std=0.1)
+def model_and_examples(student_with_lora):
+    model, tokenizer = student_with_lora
     return model, encode_rows(ROWS, tokenizer, 2048, kl=True)[0]
 
 

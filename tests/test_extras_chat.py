@@ -1,38 +1,17 @@
 """Talking to both models: what people see, the guard's verdict, and text that would steer a terminal."""
 import io
-import os
-import pty
 import re
-import subprocess
 import sys
-import termios
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, call, command
+from conftest import ROOT, call, command, on_a_terminal
 
 from extras.chat import for_terminal
 from guard import load_guard
 from sample import Sampler
 from data.chat import decode_response, encode_prompt
 from thinksafe import load_model
-
-
-def on_a_terminal(*words, typed=""):
-    """Run a command with all its streams on a terminal of 130 columns, where `typed` is typed -> (exit code, all that it showed)."""
-    master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (40, 130))
-    job = subprocess.Popen([sys.executable, *map(str, words)], stdin=slave, stdout=slave, stderr=slave, cwd=ROOT)
-    os.close(slave)
-    os.write(master, typed.encode())
-    shown = b""
-    while True:
-        try:
-            shown += os.read(master, 65536)
-        except OSError:                                           # the other end is closed
-            break
-    os.close(master)
-    return job.wait(), shown.decode()
 
 
 @pytest.fixture(scope="module")

@@ -14,19 +14,7 @@ from extras.export import export_trl, model_card
 from thinksafe import load_tokenizer
 from data.sources import balanced_subset
 from train import encode_rows
-
-
-def trace(i, label="vanilla_harmful", **more):
-    return {"id": str(i), "instruction": f"Question {i}?", "prompt_label": label,
-            "response": f"<think>\nThe user asks {i}." + " More." * (i % 5) + f"\n</think>\n\nAnswer {i}.", **more}
-
-
-ROWS = [trace(i, ("vanilla_harmful", "adversarial_benign", "vanilla_benign")[i % 3]) for i in range(11)]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
+from training_rows import ROWS, trace, write
 
 
 # ---------------------------------------------------------------------------------------------

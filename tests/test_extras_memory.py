@@ -9,11 +9,7 @@ from conftest import call
 from extras.memory import activation_bytes, memory_plan, print_plan, render_example, stored_bytes
 from thinksafe import add_lora, load_model
 from train import encode_rows, frozen_reference, make_optimizer, packed_loss
-
-
-def trace(i, label="vanilla_harmful", **more):
-    return {"id": str(i), "instruction": f"Question {i}?", "prompt_label": label,
-            "response": f"<think>\nThe user asks {i}." + " More." * (i % 5) + f"\n</think>\n\nAnswer {i}.", **more}
+from training_rows import trace
 
 
 def test_memory_plan_by_hand():

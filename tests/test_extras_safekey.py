@@ -5,31 +5,13 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, call, killed_at, rows_of
+from conftest import call, killed_at, rows_of
 from safetensors.torch import load_file
 
 from extras.export import model_card
 from extras.safekey import encode_rows, safekey_losses
-from thinksafe import InputError, add_lora, load_model, load_tokenizer, lora_tensors
-
-TWO = "<think>\nA question about {i}. That is forbidden! So I refuse.\n</think>\n\nNo, not {i}."
-
-
-def row(i, label="vanilla_harmful", response=TWO, **more):
-    return {"id": str(i), "instruction": f"Question {i}?", "prompt_label": label, "response": response.replace("{i}", str(i)), **more}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(ROOT / "tiny" / "tokenizer")
-
-
-@pytest.fixture
-def opened():
-    """A tokenizer whose template opens <think> itself, as R1's does."""
-    tokenizer = load_tokenizer(ROOT / "tiny" / "tokenizer")
-    tokenizer.chat_template = "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n{{ '<think>\n' }}"
-    return tokenizer
+from thinksafe import InputError, add_lora, load_model, lora_tensors
+from training_rows import row
 
 
 def key_of(tokenizer, the_row):

@@ -8,30 +8,13 @@ from conftest import ROOT, call, rows_of
 from extras.export import model_card
 from extras.safepath import WORDS, encode_prompts
 from data.chat import encode_prompt
-from thinksafe import REFUSAL_INSTRUCTIONS, load_tokenizer
+from thinksafe import REFUSAL_INSTRUCTIONS
 from train import packed_loss
+from training_rows import texts
 
 
 def row(i, label="vanilla_harmful", **more):
     return {"id": str(i), "instruction": f"Question {i}?", "prompt_label": label, **more}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(ROOT / "tiny" / "tokenizer")
-
-
-@pytest.fixture
-def opened():
-    """A tokenizer whose template opens <think> itself, as R1's does."""
-    tokenizer = load_tokenizer(ROOT / "tiny" / "tokenizer")
-    tokenizer.chat_template = "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n{{ '<think>\n' }}"
-    return tokenizer
-
-
-def texts(examples, tokenizer):
-    """[(prompt, target), ...] as text."""
-    return [(tokenizer.decode(e["ids"][:e["n_prompt"]]), tokenizer.decode(e["ids"][e["n_prompt"]:])) for e in examples]
 
 
 def test_the_words_are_the_whole_target(tokenizer, opened):

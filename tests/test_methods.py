@@ -7,33 +7,9 @@ import pytest
 from conftest import ROOT, call, rows_of
 
 from data.sources import balanced_subset, training_rows
-from thinksafe import load_tokenizer
 from tiny import build, world
 from train import encode_rows
-
-TWO = "<think>\nA question about {i}. That is forbidden! So I refuse.\n</think>\n\nNo, not {i}."
-
-
-def row(i, label="vanilla_harmful", response=TWO, **more):
-    return {"id": str(i), "instruction": f"Question {i}?", "prompt_label": label, "response": response.replace("{i}", str(i)), **more}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(ROOT / "tiny" / "tokenizer")
-
-
-@pytest.fixture
-def opened():
-    """A tokenizer whose template opens <think> itself, as R1's does."""
-    tokenizer = load_tokenizer(ROOT / "tiny" / "tokenizer")
-    tokenizer.chat_template = "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n{{ '<think>\n' }}"
-    return tokenizer
-
-
-def texts(items, tokenizer):
-    """[(prompt, target), ...] as text."""
-    return [(tokenizer.decode(i["ids"][:i["n_prompt"]]), tokenizer.decode(i["ids"][i["n_prompt"]:])) for i in items]
+from training_rows import TWO, row, texts
 
 
 # ---- refusals without reasoning

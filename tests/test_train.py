@@ -15,23 +15,12 @@ from extras.perplexity import perplexity
 from train import (
     TINY_CONFIG, encode_rows, frozen_reference, learning_rate, load_checkpoint,
     make_batches, make_optimizer, packed_loss)
-
-
-def trace(i, label="vanilla_harmful", **more):
-    return {"id": str(i), "instruction": f"Question {i}?", "prompt_label": label,
-            "response": f"<think>\nThe user asks {i}." + " More." * (i % 5) + f"\n</think>\n\nAnswer {i}.", **more}
-
-
-ROWS = [trace(i, ("vanilla_harmful", "adversarial_benign", "vanilla_benign")[i % 3]) for i in range(11)]
+from training_rows import ROWS, trace, write
 
 
 @pytest.fixture
-def model_and_examples(folders):
-    model, tokenizer = load_model(folders("qwen3")[1], "cpu", torch.float32)
-    torch.manual_seed(0)
-    add_lora(model, 4, 8, 0.0, ("q_proj", "v_proj", "up_proj"))
-    for p in lora_tensors(model).values():
-        p.normal_(std=0.1)
+def model_and_examples(student_with_lora):
+    model, tokenizer = student_with_lora
     return model, tokenizer, encode_rows(ROWS, tokenizer, 2048)[0]
 
 
@@ -165,11 +154,6 @@ def test_schedule_is_that_of_transformers(steps, warmup):
         assert learning_rate(step, steps, 3.0, warmup) == pytest.approx(schedule.get_last_lr()[0], abs=1e-9)
         optimizer.step()
         schedule.step()
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
 
 
 @pytest.mark.parametrize("flags", [[], ["--kl"], ["--full"], ["--full", "--kl"], ["--merge"]])
