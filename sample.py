@@ -20,13 +20,14 @@ from typing import NamedTuple
 
 import torch
 
-from data.chat import decode_response, encode_prompt, template_hash
+from data.chat import decode_response, decode_text, encode_prompt, template_hash
+from data.generation import sampling_defaults
 from data.rows import TRACE_KEYS, RowWriter, content_id
 from data.run_record import Stage
 from data.sources import VERSIONS, label_counts, prompt_rows
 from thinksafe import (
     LABELS, REFUSAL_INSTRUCTIONS, TINY, InputError, add_refusal_instruction, choose_dtype, cli,
-    generation_defaults, is_harmful, is_tiny, load_model, make_parser, pack_ids, packed_attention,
+     is_harmful, is_tiny, load_model, make_parser, pack_ids, packed_attention,
     positive, progress, seed_value, split_packs, trace_key)
 
 from kv_cache import ContiguousKVCache, PagedKVCache
@@ -339,34 +340,36 @@ class Sampler:
 # What other stages use too
 
 def sample_traces(model, tokenizer, rows, max_num_seqs, kv_bits=16, *, seed, **options):
-    """Yield the rows with their traces (n_prompt_tokens, response, finish_reason, n_tokens), in
-    order of finishing. rows: prompts, each with a sample number `k`, and with `steer`, the wording
-    of a refusal instruction, if any. The draws depend on (seed, id, k). options: see generate."""
+    """Yield the rows with their traces (n_prompt_tokens, response, finish_reason, n_tokens, `eos`:
+    the token that ended it, if one did), in order of finishing.
+
+    rows: prompts, each with a sample number `k`, and with `steer`, the wording of a refusal
+    instruction, if any. The draws depend on (seed, id, k). options: see generate."""
     prompts = [encode_prompt(tokenizer, add_refusal_instruction(
         row["instruction"], row.get("steer", "none"))) for row in rows]
     keys = [f"{row['id']}/{row['k']}" for row in rows]
     sampler = Sampler(model, tokenizer, max_num_seqs, kv_bits)
     for c in sampler.generate(prompts, seed=seed, keys=keys, **options):
+        eos = {"eos": decode_text(tokenizer, c.tokens[-1:])} if c.finish_reason == "stop" else {}
         yield {**rows[c.index], "n_prompt_tokens": len(prompts[c.index]),
                "response": decode_response(tokenizer, c.tokens, model.eos_ids),
-               "finish_reason": c.finish_reason, "n_tokens": len(c.tokens)}
+               "finish_reason": c.finish_reason, "n_tokens": len(c.tokens), **eos}
 
 def sampling_options(args, model, earlier=None):
     """Return {temperature, top_p, top_k, max_new_tokens}: the flag, else what an earlier stage
-    used, else that of generation_config.json (not max_new_tokens, which is for demos there), else
-    the paper's. Raises InputError for a value that cannot be sampled with."""
+    used, else that of generation_config.json, else the paper's. A temperature under 0.001 is
+    greedy: 0. Raises InputError for a value that cannot be sampled with."""
     options = {"temperature": 0.6, "top_p": 0.95,
                "top_k": 20 if model.config.model_type == "qwen3" else 0,
                "max_new_tokens": 256 if is_tiny(model.folder) else 16384}
-    defaults = {**generation_defaults(model.folder), "max_new_tokens": None}
-    for source in (defaults, earlier or {}, vars(args)):
+    for source in (sampling_defaults(model.folder), earlier or {}, vars(args)):
         options |= {key: source[key] for key in options if source.get(key) is not None}
     t, p, k, n = options.values()
     numbers = all(isinstance(x, int | float) for x in (t, p)) and type(k) is int and type(n) is int
-    if not numbers or not ((t == 0 or 0.001 <= t <= 100) and 0 < p <= 1 and k >= 0 and n >= 1):
+    if not numbers or not (0 <= t <= 100 and 0 < p <= 1 and k >= 0 and n >= 1):
         raise InputError(f"sampling with {options} (flags, or generation_config.json): need 0 < "
-                         "top_p <= 1, temperature 0 or 0.001-100, top_k >= 0, max_new_tokens >= 1")
-    return options
+                         "top_p <= 1, temperature 0-100, top_k >= 0, max_new_tokens >= 1")
+    return options | {"temperature": t if t >= 0.001 else 0}
 
 def add_sampling_flags(p):
     g = p.add_argument_group("sampling (default: as an earlier stage, the model's "

@@ -345,19 +345,19 @@ def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 def add_lora(model, r=32, alpha=16, dropout=0.05, targets=("q_proj", "v_proj")):
-    """Freeze the model and put LoRA on the linear layers named in targets, such as "q_proj" in any
-    block (default: the paper's). Raises InputError for a target that the model lacks."""
+    """Freeze the model and put LoRA on the linear layers whose names end in one of the targets, as
+    "q_proj" (default: the paper's). Raises InputError for a target that the model lacks."""
     model.requires_grad_(False)
-    found = set()
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            is_linear = isinstance(child, nn.Linear | QuantizedLinear)
-            if name in targets and is_linear and child is not model.lm_head:
-                setattr(parent, name, LoRALinear(child, r, alpha, dropout))
-                found.add(name)
-    if found != set(targets):
-        has = ", ".join(sorted(found)) or "none of them"
-        raise InputError(f"LoRA targets {', '.join(targets)}: the model has only {has}")
+    layers, found = {}, set()
+    for name, layer in model.layers.named_modules(prefix="layers"):
+        if isinstance(layer, nn.Linear | QuantizedLinear):
+            ends = {target for target in targets if f".model.{name}".endswith(f".{target}")}
+            layers |= {name: layer} if ends else {}
+            found |= ends
+    if missing := set(targets) - found:
+        raise InputError(f"LoRA targets: no block has a layer {', '.join(sorted(missing))}")
+    for name, layer in layers.items():
+        model.set_submodule(name, LoRALinear(layer, r, alpha, dropout))
     model.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout,
                   "target_modules": sorted(targets)}
 
@@ -445,7 +445,7 @@ def resolve_model(name):
     try:
         folder = Path(snapshot_download(
             hub[1], revision=hub[2], ignore_patterns=["*/*", "consolidated*"],
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]))
     except GatedRepoError:
         raise InputError(f"{name}: gated; accept its licence on https://huggingface.co/{hub[1]}, "
                          "then run: hf auth login")
@@ -465,7 +465,8 @@ def model_hash(folder):
         return folder.name
     h = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.name.endswith(("config.json", ".safetensors")) or path.name.startswith("tokenizer"):
+        if (path.name.endswith(("config.json", ".safetensors"))
+                or path.name.startswith(("tokenizer", "vocab", "merges"))):
             with open(path, "rb") as f:
                 h.update(hashlib.file_digest(f, "sha256").digest())
     return h.hexdigest()[:16]
@@ -483,6 +484,9 @@ def read_config(folder):
     from transformers import AutoConfig
     path = Path(folder) / "config.json"
     raw = {key: value for key, value in read_json(path).items() if "label" not in key}
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(raw.get(key), str):
+            raw[key] = raw[key].removeprefix("torch.")
     if isinstance(layers := raw.get("num_hidden_layers"), int) and layers > 1000:
         raise InputError(f"{path}: {layers} layers, no model has so many")     # lists of that size
     try:
@@ -524,23 +528,32 @@ def load_tensors(path):
         raise InputError(f"{path}: missing or damaged ({e}); download or write it again")
 
 def read_tensors(folder):
-    """Return {name without "model.": tensor} of a model folder's safetensors files."""
-    index = folder / "model.safetensors.index.json"
-    names = sorted(path.name for path in folder.glob("model*.safetensors"))
-    if index.exists():
+    """Return {name without "model.": tensor} of model.safetensors or, where there is none, of the
+    shards that its index names, as transformers does; no other file counts. Raises InputError for a
+    tensor that two shards have with different content, and for quantized ones."""
+    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if not (folder / files[0]).exists():
+        if not index.exists():
+            raise InputError(f"{folder}: no model.safetensors in it, and no {index.name} (other "
+                             "formats can run code when loaded and are refused)")
         weight_map = read_json(index).get("weight_map")
-        names = weight_map.values() if isinstance(weight_map, dict) else [None]
-        names = sorted(set(names) if all(isinstance(name, str) for name in names) else {"/"})
-    if not names:
-        raise InputError(f"{folder}: no .safetensors weights in it (other formats can run code "
-                         "when loaded and are refused)")
-    tensors = {}
-    for name in names:
-        if (folder / name).parent != folder:
-            raise InputError(f"{index}: damaged, or names a file outside of its folder: {name}")
-        tensors |= load_tensors(folder / name)
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()
-            if not name.endswith("rotary_emb.inv_freq")}          # old checkpoints store it
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(file, str) and (folder / file).parent == folder for file in files):
+        raise InputError(f"{index}: damaged, or names a file outside of its folder")
+    tensors, file_of = {}, {}
+    for file in sorted(set(files)):
+        for name, tensor in load_tensors(folder / file).items():
+            name = name.removeprefix("model.")
+            if name.endswith("rotary_emb.inv_freq"):              # old checkpoints store it
+                continue
+            if name in tensors and not torch.equal(tensors[name], tensor):
+                raise InputError(f"{folder}: {name} is in {file_of[name]} and, with other values, "
+                                 f"in {file}; which one is right?")
+            if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                raise InputError(f"{folder / file}: {name} is {tensor.dtype}; a quantized "
+                                 "checkpoint is not supported")
+            tensors[name], file_of[name] = tensor, file
+    return tensors
 
 def load_weights(folder, device, dtype, quantize=None):
     """Build the Decoder of a Hugging Face folder, in eval mode and frozen. Whether layers have
@@ -588,28 +601,32 @@ def load_tokenizer(folder):
     except Exception as e:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({e})")
 
+# PEFT's keys (0.21) that do not change what a saved adapter computes, and values of others.
+ADAPTER_NOTES = ("target_modules exclude_modules layers_to_transform layers_pattern task_type "
+                 "auto_mapping peft_version inference_mode revision lora_dropout fan_in_fan_out "
+                 "use_rslora eva_config qalora_group_size velora_config ensure_weight_tying "
+                 "megatron_config megatron_core runtime_config").split()
+ADAPTER_VALUES = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}
+
 def read_adapter(folder):
-    """Read adapter_config.json of a plain LoRA adapter, with `base`, the base model's name. Raises
-    InputError that names what PEFT can do and this decoder cannot."""
+    """Read adapter_config.json of a LoRA adapter, with `base`, the base model's name. Raises
+    InputError for a key that changes the arithmetic and is not supported, and for an unknown one
+    unless it is off. Which layers are adapted is told by the tensors, not by target_modules."""
     path = Path(folder) / "adapter_config.json"
     adapter = read_json(path)
-    kinds = {"base_model_name_or_path": str, "r": int, "lora_alpha": int | float,
-             "target_modules": list, "peft_type": str}
+    kinds = {"base_model_name_or_path": str, "r": int, "lora_alpha": int | float, "peft_type": str}
     if not (all(isinstance(adapter.get(key), kind) for key, kind in kinds.items())
             and adapter["peft_type"] == "LORA" and 1 <= adapter["r"] < 2**16
-            and math.isfinite(adapter["lora_alpha"])
-            and all(isinstance(name, str) for name in adapter["target_modules"])):
-        raise InputError(f"{path}: not a LoRA adapter's configuration, or its target_modules is "
-                         "not a list of names")
-    harmless = {*kinds, "task_type", "auto_mapping", "peft_version", "inference_mode", "revision",
-                "lora_dropout", "exclude_modules", "layers_to_transform", "layers_pattern",
-                "runtime_config", "megatron_core"}
+            and math.isfinite(adapter["lora_alpha"])):
+        raise InputError(f"{path}: not a LoRA adapter's configuration: needs {', '.join(kinds)}")
     for key, value in adapter.items():
-        if value and key not in harmless and (key, value) not in (
-                ("bias", "none"), ("init_lora_weights", True)):
+        known = key in (*kinds, *ADAPTER_NOTES) or value in ADAPTER_VALUES.get(key, ())
+        if value and not known:
             raise InputError(f"{path}: {key} = {value!r} is not supported")
     revision = adapter.get("revision")
     adapter["base"] = adapter["base_model_name_or_path"] + (f"@{revision}" if revision else "")
+    rank_stabilized = adapter.get("use_rslora")      # alpha / sqrt(r) instead of alpha / r
+    adapter["alpha"] = adapter["lora_alpha"] * (adapter["r"] ** 0.5 if rank_stabilized else 1)
     if (resolve_model(adapter["base"]).folder / "adapter_config.json").exists():
         raise InputError(f"{path}: its base model is an adapter too")
     return adapter
@@ -627,19 +644,25 @@ def load_model(name, device=None, dtype=None, quantize=None):
     if (folder / "adapter_config.json").exists():
         adapter = read_adapter(folder)
         model, tokenizer = load_model(adapter["base"], device, dtype, quantize)
-        add_lora(model, adapter["r"], adapter["lora_alpha"], 0.0, adapter["target_modules"])
-        load_lora(model, load_tensors(folder / "adapter_model.safetensors"), folder)
+        tensors = load_tensors(folder / "adapter_model.safetensors")
+        layers = [name for name, _ in model.named_modules()
+                  if f"base_model.model.model.{name}.lora_A.weight" in tensors]
+        if not layers:
+            raise InputError(f"{folder}: its adapter has no LoRA of a layer of the model")
+        add_lora(model, adapter["r"], adapter["alpha"], 0.0, layers)
+        load_lora(model, tensors, folder)
         model.name, model.hash = name, f"{model.hash}+{model_hash(folder)}"
         return model.eval(), tokenizer
     model, tokenizer = load_weights(folder, device, dtype, quantize), load_tokenizer(folder)
     if len(tokenizer) > (size := model.config.vocab_size):
         raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {size}")
     eos = generation_defaults(folder).get("eos_token_id", model.config.eos_token_id)
-    eos = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
-    if tokenizer.eos_token_id is None or not all(type(i) is int for i in eos if i is not None):
-        raise InputError(f"{folder}: the tokenizer has no eos_token, or eos_token_id of "
-                         "generation_config.json is not a number")
-    model.name, model.folder, model.eos_ids = name, folder, frozenset(eos) - {None}
+    eos = tokenizer.eos_token_id if eos is None else eos
+    eos = eos if isinstance(eos, list) else [eos]
+    if not eos or not all(type(i) is int and 0 <= i < size for i in eos):
+        raise InputError(f"{folder}: eos_token_id, of generation_config.json, config.json or the "
+                         f"tokenizer, is {eos}: expected ids of tokens")
+    model.name, model.folder, model.eos_ids = name, folder, frozenset(eos)
     model.hash = model_hash(folder) + (f"-{quantize}" if quantize else "")
     return model, tokenizer
 
@@ -739,18 +762,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         hidden = default is None or default is False or default in (argparse.SUPPRESS, ())
         return action.help + ("" if hidden else " (default: %(default)s)")
 
-# Flags of earlier versions -> the command that has the feature now.
-MOVED = {f"--{flag}": f"python -m extras.{name}" for flag, name in (
-    ("online", "online"), ("safekey", "safekey"), ("primer", "safepath"), ("export", "export"),
-    ("track", "export"), ("cache-reference", "cached_kl"), ("dry-run", "memory"),
-    ("theory", "theory"), ("compare", "compare"), ("chat", "chat"), ("retries", "retry"))
-} | {"--bench": "python tests/bench_sample.py"}
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        for flag in re.findall(r"--[a-z-]+", message) if "unrecognized" in message else ():
-            if flag in MOVED:
-                raise InputError(f"{flag} has moved: {MOVED[flag]}, see its --help")
         raise InputError(f"{message}; see --help")
 
 def bounded(kind, low, high=math.inf):

@@ -70,7 +70,7 @@ def encode_rows(rows, tokenizer, max_length, strip_cot=None, kl=False):
             answer = response.rpartition("</think>")[2].lstrip()
             response = f"<think>\n\n</think>\n\n{answer}"
         pair = training_pair({**row, "response": response})
-        prompt, target = encode_training_pair(tokenizer, *pair)
+        prompt, target = encode_training_pair(tokenizer, *pair, row.get("eos"))
         if not reason and len(prompt) + len(target) > max_length:
             reason = "too_long"
         if reason:

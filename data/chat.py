@@ -13,6 +13,7 @@ import json
 import re
 import signal
 import threading
+from datetime import datetime
 
 from data.rows import content_id
 from thinksafe import InputError
@@ -40,11 +41,12 @@ def time_limit(seconds):
 @functools.lru_cache(maxsize=16)
 def control_tokens(tokenizer):
     """Return {string: id} of the added tokens that steer a model: the special ones, and others of
-    more than one character that are not white space (Qwen3's <think> is not marked as special)."""
+    more than one character that are not white space (Qwen3's <think> is not marked as special),
+    but for an unknown token that only stands for characters which the vocabulary lacks."""
     found = {}
     for i, token in tokenizer.added_tokens_decoder.items():
-        steers = token.special or (len(token.content) > 1 and token.content.strip())
-        if steers and i != tokenizer.unk_token_id:
+        names_a_word = len(token.content) > 1 and token.content.strip()
+        if token.special or names_a_word and i != tokenizer.unk_token_id:
             found[token.content] = i
     return found
 
@@ -91,35 +93,86 @@ def encode_response(tokenizer, text):
     are control tokens."""
     return encode_parts(tokenizer, "", *re.split("(</?think>)", text))
 
-@functools.lru_cache(maxsize=16)
+# Where a template writes the time of day or the date, it gets those of the day that Llama 3.2's
+# falls back on: a macro takes the place of transformers' strftime_now.
+TEMPLATE_DATE = datetime(2024, 7, 26)
+DIRECTIVES = [f"%{c}" for c in "aAbBcdDeFHIjmMpRSTuUwWxXyY"] + ["%-d", "%-m"]
+STILL_CLOCK = "{% macro strftime_now(format) %}{{ format" + "".join(
+    f"|replace('{directive}', '{TEMPLATE_DATE.strftime(directive)}')" for directive in DIRECTIVES
+) + " }}{% endmacro %}\n"
+
+def render_template(tokenizer, texts, in_lists=False, **options):
+    """Render the chat template with a user's message, and an assistant's if there are two texts.
+    in_lists: a message is a list of parts. Raises InputError for a template that is missing, fails
+    or takes too long."""
+    name = tokenizer.name_or_path
+    if not tokenizer.chat_template:
+        raise InputError(f"{name}: the tokenizer has no chat template; use an instruction-tuned "
+                         "model")
+    contents = [[{"type": "text", "text": text}] for text in texts] if in_lists else texts
+    messages = [{"role": role, "content": content}
+                for role, content in zip(("user", "assistant"), contents)]
+    try:
+        with time_limit(10):
+            return tokenizer.apply_chat_template(
+                messages, chat_template=STILL_CLOCK + tokenizer.get_chat_template(), tokenize=False,
+                date_string="26 Jul 2024", **options)
+    except (Exception, OutOfTime) as e:                # jinja raises whatever the template wants
+        raise InputError(f"{name}: its chat template fails ({e or 'it takes too long'})")
+
+def join_parts(parts, strips, texts):
+    """Return [part, text, part, ..., part]: the texts of the turns between a template's parts."""
+    joined = []
+    for part, text, strip in zip(parts, texts, strips):
+        joined += [part, text.strip() if strip else text]
+    return [*joined, parts[-1]]
+
+PROBES = (("user \ue000", "assistant \ue000"),
+          ("Is \"a\" < 'b' & {{c}}?\n\n\\d \u00e9", "## No.\n\n\t* x"))
+
+@functools.lru_cache(maxsize=64)
 def chat_template_parts(tokenizer, thinking=True, turns=1):
     """Split the chat template's text around the messages -> (turns + 1 parts, turns flags). A flag
     tells whether the template strips the message.
 
     thinking=False asks for the form without reasoning, where a template knows one (Qwen3). turns=2:
-    a user's message and the assistant's answer. Raises InputError for an unusable template."""
-    name = tokenizer.name_or_path
-    if not tokenizer.chat_template:
-        raise InputError(f"{name}: the tokenizer has no chat template; use an instruction-tuned "
-                         "model")
-    marks = ["\ue000user\ue000", "\ue000assistant\ue000"][:turns]
+    a user's message and the assistant's answer. Raises InputError unless the template writes fixed
+    text around each message, and the message exactly once, as it is or stripped: two different
+    texts are tried, with and without white space around them."""
+    render = functools.partial(render_template, tokenizer, add_generation_prompt=True,
+                               enable_thinking=thinking)
+    marks = PROBES[0][:turns]
+    for in_lists in (False, True):                     # True: Llama-Guard-3-1B
+        parts = re.split("|".join(marks), render(marks, in_lists))
+        if len(parts) == turns + 1:
+            break
+    else:
+        raise InputError(f"{tokenizer.name_or_path}: its chat template does not show the text of "
+                         "each turn exactly once")
     padded = [f" \n{mark}\n " for mark in marks]
-    in_lists = [[{"type": "text", "text": text}] for text in padded]     # Llama-Guard-3-1B
-    for contents in (padded, in_lists):
-        messages = [{"role": role, "content": content}
-                    for role, content in zip(("user", "assistant"), contents)]
-        try:
-            with time_limit(10):                       # a fixed date, where Llama 3.2 writes today
-                text = tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True,
-                    enable_thinking=thinking, date_string="26 Jul 2024")
-        except (Exception, OutOfTime) as e:            # jinja raises whatever the template wants
-            raise InputError(f"{name}: its chat template fails ({e or 'it takes too long'})")
-        if all(text.count(mark) == 1 for mark in marks):
-            strips = [p not in text for p in padded]
-            shown = [mark if strip else p for mark, p, strip in zip(marks, padded, strips)]
-            return re.split("|".join(shown), text), strips
-    raise InputError(f"{name}: its chat template does not show the text of each turn exactly once")
+    text = render(padded, in_lists)
+    strips = [mark not in text for mark in padded]
+    for texts in (padded, PROBES[1][:turns], [f"\t{probe} " for probe in PROBES[1][:turns]]):
+        if render(texts, in_lists) != "".join(join_parts(parts, strips, texts)):
+            raise InputError(f"{tokenizer.name_or_path}: its chat template changes the text of a "
+                             "turn, or writes something else for another text")
+    return parts, strips
+
+@functools.lru_cache(maxsize=16)
+def turn_end(tokenizer):
+    """Return the id of the token that the chat template writes behind an assistant's message, or
+    where that is none, of the tokenizer's eos. Raises InputError if there is neither."""
+    control, mark = control_tokens(tokenizer), PROBES[0][1]
+    with contextlib.suppress(InputError):
+        text = render_template(tokenizer, PROBES[0], add_generation_prompt=False)
+        end = text.rpartition(mark)[2].lstrip()
+        for word in sorted(control, key=len, reverse=True):
+            if mark in text and end.startswith(word):
+                return control[word]
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{tokenizer.name_or_path}: no token ends a turn, neither in the chat "
+                         "template nor as eos_token")
+    return tokenizer.eos_token_id
 
 def encode_prompt(tokenizer, text, thinking=True, answer=None):
     """Return the token ids (list[int]) of a one-turn chat up to where the response begins: for
@@ -127,10 +180,7 @@ def encode_prompt(tokenizer, text, thinking=True, answer=None):
     of a guard, which judges it. thinking: see `chat_template_parts`."""
     texts = [text] if answer is None else [text, answer]
     parts, strips = chat_template_parts(tokenizer, thinking, len(texts))
-    joined = []
-    for part, text, strip in zip(parts, texts, strips):
-        joined += [part, text.strip() if strip else text]
-    return encode_parts(tokenizer, *joined, parts[-1])
+    return encode_parts(tokenizer, *join_parts(parts, strips, texts))
 
 def think_prefix(tokenizer):
     """Return what the chat template writes of a response: R1's "<think>\\n", Qwen3's ""."""
@@ -138,18 +188,23 @@ def think_prefix(tokenizer):
     return found[0] if found else ""
 
 def normalize_think_tags(response, tokenizer):
-    """Return any model's response whole, with the <think> that the student's template wants. Rows
-    of older versions and of some data sets lack it."""
+    """Return any model's response whole: it begins with what the student's template writes of it
+    (`think_prefix`). Nothing else changes but an opening tag that would then be there twice."""
     prefix = think_prefix(tokenizer)
-    if prefix and not response.startswith(prefix):
-        return prefix + response.removeprefix("<think>").removeprefix("\n")
-    lacks_opening = "</think>" in response and "<think>" not in response
-    return "<think>\n" + response if lacks_opening else response
+    if response.startswith(prefix):
+        return response
+    if response.startswith("<think>"):
+        response = response.removeprefix("<think>").removeprefix("\n")
+    return prefix + response
 
 def template_hash(tokenizer):
-    """Return a hash of the chat template. Raises InputError where there is no usable one."""
-    chat_template_parts(tokenizer)
-    return content_id(json.dumps(tokenizer.chat_template, sort_keys=True))
+    """Return a hash of what the chat template writes around messages. Raises InputError where there
+    is no usable template."""
+    frames = [chat_template_parts(tokenizer)]
+    for options in ({"thinking": False}, {"turns": 2}):          # as guards are asked
+        with contextlib.suppress(InputError):
+            frames.append([options, *chat_template_parts(tokenizer, **options)])
+    return content_id(json.dumps(frames, sort_keys=True))
 
 def decode_text(tokenizer, ids):
     """Return the text of token ids as it is: control tokens stay, spaces are not cleaned up."""
@@ -160,6 +215,11 @@ def decode_response(tokenizer, tokens, eos_ids):
     (`think_prefix`), and the closing eos token is left out."""
     tokens = tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens
     return think_prefix(tokenizer) + decode_text(tokenizer, tokens)
+
+def reopens_thought(answer):
+    """Tell whether an answer goes back to reasoning: it begins with <think>, or has a line of that
+    alone. Other answers only name the tag."""
+    return bool(re.search(r"\A\s*<think>|^[ \t]*<think>[ \t]*$", answer, re.M))
 
 def rejection_reason(response, finish_reason, tokenizer):
     """Say why a trace cannot be trained on (length, prompt_too_long, empty, unclosed_think), or
@@ -172,14 +232,15 @@ def rejection_reason(response, finish_reason, tokenizer):
         return "empty"
     reasons = "</think>" in control_tokens(tokenizer) or think_prefix(tokenizer)
     unclosed = reasons and "</think>" not in response
-    return "unclosed_think" if unclosed or "<think>" in answer else None
+    return "unclosed_think" if unclosed or reopens_thought(answer) else None
 
-def encode_training_pair(tokenizer, prompt, response):
+def encode_training_pair(tokenizer, prompt, response, eos=None):
     """Return the token ids of a prompt as the chat template renders it, and the ids to learn: the
-    response and the end-of-sequence token.
+    response and the token that ends it, which is `eos`, the token that the trace ended in, if the
+    tokenizer has that, else the template's (`turn_end`).
 
     A chat template is never put around a response, because templates delete <think>. What the
     template itself writes of the response (`think_prefix`) belongs to the prompt."""
     response = normalize_think_tags(response, tokenizer).removeprefix(think_prefix(tokenizer))
-    target = encode_response(tokenizer, response) + [tokenizer.eos_token_id]
-    return encode_prompt(tokenizer, prompt), target
+    end = control_tokens(tokenizer).get(eos, turn_end(tokenizer))
+    return encode_prompt(tokenizer, prompt), [*encode_response(tokenizer, response), end]

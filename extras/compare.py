@@ -34,8 +34,8 @@ from data.guards import GUARDS
 from data.rows import read_rows, write_atomic
 from data.run_record import read_run
 from thinksafe import (
-    ROOT, HelpFormatter, InputError, Parser, cli, escape_control_chars, is_harmful, read_adapter,
-    read_config)
+    ROOT, HelpFormatter, InputError, Parser, cli, escape_control_chars, is_harmful, load_tensors,
+    read_adapter, read_config)
 
 SEEDS = r"(.+)[-_]\d+"
 COST = {"seconds": "seconds", "tokens": "sampled", "guard_tokens": "judged",
@@ -94,7 +94,8 @@ def model_shape(name):
     if (folder / "adapter_config.json").exists():
         adapter = read_adapter(folder)
         config, _ = model_shape(adapter["base"])
-        return config, adapter_size(config, adapter["r"], adapter["target_modules"])
+        tensors = load_tensors(folder / "adapter_model.safetensors").values()
+        return config, sum(tensor.numel() for tensor in tensors)
     if not folder.exists():
         from huggingface_hub import hf_hub_download
         repo, _, revision = name.partition("@")

@@ -463,7 +463,7 @@ def read_source(folder, prompts):
 def text_example(tokenizer, row, wording):
     """Return a row's prompt under the refusal instruction `wording`, and its response's text."""
     prompt = add_refusal_instruction(row["instruction"], wording)
-    ids, target = encode_training_pair(tokenizer, prompt, row["response"])
+    ids, target = encode_training_pair(tokenizer, prompt, row["response"], row.get("eos"))
     return {"ids": ids + target, "n_prompt": len(ids)}
 
 def draw(model, tokenizer, arms, prompts, args, writer):

@@ -6,7 +6,9 @@
 oneDNN wants weights in an order of its own. Every frozen weight is kept once more in that order,
 for training also transposed. A weight that changes later goes through F.linear again.
 """
+import functools
 import os
+import sys
 from typing import NamedTuple
 
 import torch
@@ -66,17 +68,26 @@ def _pack(weight, transposed, old):
     back = reorder(weight_.T.contiguous(), 64) if transposed else None
     return PackedWeight(weight._version, reorder(weight_, 64), back)
 
+@functools.cache                            # it says so once
+def has_product(dtype):
+    """Tell whether oneDNN has a product in that dtype on this CPU; bf16 needs AVX-512."""
+    if dtype != torch.bfloat16:
+        return dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if supported := torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return supported
+    print("bfloat16 is slow on this CPU, which has no AVX-512: --dtype float32 is faster",
+          file=sys.stderr)
+
 def prepack_linear_layers(model, train=False):
     """Pack the frozen Linear layers of a model on a CPU, with train also for the backward pass, and
-    its head, which goes to packed_head. Nothing happens on a GPU, without oneDNN, or if the copies
-    would take more than a quarter of the machine's memory."""
+    its head, which goes to packed_head. Nothing happens on a GPU, where oneDNN has no such product,
+    or if the copies would take more than a quarter of the machine's memory."""
     if model.device.type != "cpu":
         return
     torch.empty(31 << 20, dtype=torch.uint8)    # makes glibc keep 62 MB of freed memory: 5% faster
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     copies = (1 + train) * sum(p.nbytes for p in model.parameters())
-    supported = model.head.dtype in (torch.bfloat16, torch.float32)
-    if copies > memory / 4 or not supported or not torch.backends.mkldnn.is_available():
+    if copies > memory / 4 or not has_product(model.head.dtype):
         return
     model.packed_head = _pack(model.head, False, model.packed_head)
     for m in model.modules():

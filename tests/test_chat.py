@@ -120,8 +120,10 @@ def test_template_that_opens_think():
 
 @pytest.mark.parametrize("response, plain, r1", [
     ("<think>\na\n</think>\n\nb", "<think>\na\n</think>\n\nb", "<think>\na\n</think>\n\nb"),
-    ("a\n</think>\n\nb", "<think>\na\n</think>\n\nb", "<think>\na\n</think>\n\nb"),
-    ("\n</think>\n\nb", "<think>\n\n</think>\n\nb", "<think>\n</think>\n\nb"),
+    ("a\n</think>\n\nb", "a\n</think>\n\nb", "<think>\na\n</think>\n\nb"),
+    ("\n</think>\n\nb", "\n</think>\n\nb", "<think>\n\n</think>\n\nb"),
+    ("\n\n a <think> b</think>c", "\n\n a <think> b</think>c", "<think>\n\n\n a <think> b</think>c"),
+    ("<think>\n<think>\na</think>b", "<think>\n<think>\na</think>b", "<think>\n<think>\na</think>b"),
     ("<think>a</think>b", "<think>a</think>b", "<think>\na</think>b"),
     ("b", "b", "<think>\nb"),
 ])
@@ -177,7 +179,11 @@ def test_a_gated_model_tells_how_to_get_access(monkeypatch):
     ("", "stop", "empty"),
     ("<think>\na\n</think>\n\nb", "length", "length"),
     ("", "prompt_too_long", "prompt_too_long"),
-    ("</think> a <think> b", "stop", "unclosed_think"),
+    ("</think> <think> b", "stop", "unclosed_think"),
+    ("<think>a</think>\n\n<think>\nb", "stop", "unclosed_think"),
+    ("<think>a</think>Wait.\n<think>\nb", "stop", "unclosed_think"),
+    ("<think>a</think>Reasoning stands between <think> and its end.", "stop", None),
+    ("<think>a</think>- `<think>` opens it\n- <think>, again", "stop", None),
 ])
 @pytest.mark.parametrize("name", ["tiny", "tiny_r1", "qwen3"])
 def test_rejection_reasons(name, response, finish, reason):

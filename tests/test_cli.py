@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, call, on_a_terminal, run
 
 import thinksafe
-from thinksafe import MOVED, progress
+from thinksafe import progress
 
 # ---------------------------------------------------------------------------------------------
 # --help
@@ -167,27 +167,6 @@ def test_help_is_grouped_and_fits(script, monkeypatch):
 def test_help_of_a_fresh_process(script):
     done = run(script_of(script), "--help", check=False)
     assert done.returncode == 0 and done.stderr == "" and re.match(rf"usage: .*{script.rpartition('.')[2]}", done.stdout)
-
-
-# ---------------------------------------------------------------------------------------------
-# Flags of earlier versions
-
-OLD = [("train", "--online", "grpo"), ("train", "--safekey"), ("train", "--primer", "8"), ("train", "--export", "trl"), ("train", "--track", "wandb"),
-       ("train", "--cache-reference"), ("train", "--dry-run"), ("sample", "--retries", "3"), ("eval", "--theory"), ("eval", "--compare", "a", "b"), ("eval", "--chat"), ("sample", "--bench")]
-
-
-def test_every_moved_flag_is_tried():
-    assert {flag for _, flag, *_ in OLD} == MOVED.keys()
-
-
-@pytest.mark.parametrize("script, flag, value", [(script, flag, value) for script, flag, *value in OLD], ids=lambda x: x if isinstance(x, str) else "")
-def test_an_old_flag_names_the_new_command(script, flag, value, tmp_path):
-    for words in ([flag, *value], [*value, flag], [f"{flag}={value[0] if value else 'x'}"]):
-        done = call(script_of(script), "--out", tmp_path / "out", *words)
-        assert done.returncode == 2 and done.stdout == "" and done.stderr == f"error: {flag} has moved: {MOVED[flag]}, see its --help\n"
-    assert not (tmp_path / "out").exists()
-    new = MOVED[flag].split()
-    assert (ROOT / new[1]).exists() if new[1] != "-m" else new[2] in SCRIPTS
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -6,7 +6,8 @@ from torch import nn
 import cpu_linear
 from cpu_linear import Linear, linear, prepack_linear_layers, trainable_product
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no AVX-512"))])
 
 
 class Model(nn.Module):
@@ -72,17 +73,28 @@ def test_a_weight_that_changed_is_not_taken_from_the_pack():
     assert model.frozen.packed.version == model.frozen.weight._version != old.version
 
 
-@pytest.mark.parametrize("reason", ["a GPU", "too little memory", "dtype", "no oneDNN"])
-def test_when_nothing_is_packed(reason, monkeypatch):
-    model = Model(torch.float64 if reason == "dtype" else torch.float32)
+@pytest.fixture
+def unasked():
+    """Whether the CPU has a product is asked anew, before and after."""
+    cpu_linear.has_product.cache_clear()
+    yield
+    cpu_linear.has_product.cache_clear()
+
+
+@pytest.mark.parametrize("reason", ["a GPU", "too little memory", "dtype", "no oneDNN", "no AVX-512"])
+def test_when_nothing_is_packed(reason, monkeypatch, unasked, capsys):
+    model = Model({"dtype": torch.float64, "no AVX-512": torch.bfloat16}.get(reason, torch.float32))
     if reason == "a GPU":
         model.device = torch.device("cuda")
     if reason == "too little memory":                       # the copies of all parameters would be just above a quarter of it
         pages = 4 * sum(p.nbytes for p in model.parameters()) - 1
         monkeypatch.setattr(cpu_linear.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}.get)
-    if reason == "no oneDNN":
-        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    if reason in ("no oneDNN", "no AVX-512"):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: reason != "no oneDNN")
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     prepack_linear_layers(model)
     assert model.frozen.packed is None and model.packed_head is None
+    prepack_linear_layers(model)
+    assert capsys.readouterr().err.count("has no AVX-512") == (reason == "no AVX-512")             # said once
     with torch.no_grad():
         assert model.frozen(torch.randn(3, 48, dtype=model.head.dtype)).shape == (3, 80)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from sample import Sampler
 from data.chat import encode_prompt
 from thinksafe import (
-    InputError, add_lora, load_model, lora_disabled, lora_layers, lora_tensors, merge_lora,
-    new_folder, pack_ids, rope_frequencies, save_lora, save_model)
+    TINY, InputError, add_lora, load_model, lora_disabled, lora_layers, lora_tensors, merge_lora,
+    new_folder, pack_ids, read_config, rope_frequencies, save_lora, save_model)
 
 
 def relative(a, b):
@@ -169,8 +169,118 @@ def test_damaged_and_missing_weights(folders, tmp_path):
     with pytest.raises(InputError, match="model.safetensors"):
         load_model(tmp_path, "cpu")
     weights.rename(tmp_path / "pytorch_model.bin")                          # a pickle is never read
-    with pytest.raises(InputError, match="no .safetensors"):
+    with pytest.raises(InputError, match="no model.safetensors"):
         load_model(tmp_path, "cpu")
+
+
+def sharded(folders, folder):
+    """Write a model in shards into a folder -> {tensor: shard}."""
+    from transformers import AutoModelForCausalLM
+    _, source = folders("qwen2")
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder, max_shard_size="60KB")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def test_a_single_file_beside_an_index_is_what_counts(folders, tmp_path):
+    """As for transformers, also where the index's shards are older or gone; files of other names never count."""
+    from transformers import AutoModelForCausalLM
+    shards, docs, cu = sharded(folders, tmp_path), *documents(1)
+
+    def ours_is_theirs():
+        model, _ = load_model(tmp_path, "cpu", torch.float32)
+        want = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(docs[0][None]).logits[0]
+        return relative(model.logits(model(docs[0], cu)), want) < 1e-4
+    assert ours_is_theirs()
+    newer = {name: tensor / 2 for name, tensor in load_file(folders("qwen2")[1] / "model.safetensors").items()}
+    for name in ("model_old.safetensors", "model.fp16.safetensors", "model-00009-of-00009.safetensors", "zmodel.safetensors"):
+        save_file(newer, tmp_path / name, {"format": "pt"})
+    assert ours_is_theirs()
+    before = load_model(tmp_path, "cpu", torch.float32)[0].norm.weight
+    save_file(newer, tmp_path / "model.safetensors", {"format": "pt"})
+    assert ours_is_theirs() and not torch.equal(load_model(tmp_path, "cpu", torch.float32)[0].norm.weight, before)
+    for name in set(shards.values()):
+        (tmp_path / name).unlink()
+    assert ours_is_theirs()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="model-00001-of.*missing or damaged"):
+        load_model(tmp_path, "cpu")
+    (tmp_path / "model.safetensors.index.json").unlink()                        # the others are nobody's
+    with pytest.raises(InputError, match="no model.safetensors"):
+        load_model(tmp_path, "cpu")
+
+
+def test_which_of_two_shards_is_right_is_not_guessed(folders, tmp_path, tries):
+    shards = sharded(folders, tmp_path)
+    first, last = min(shards.values()), max(shards.values())
+    name, tensors = next(name for name, file in shards.items() if file == first), load_file(tmp_path / last)
+    for other in (name, name.removeprefix("model.")):                           # with another prefix it is the same tensor
+        with tries("fault"):
+            save_file({**tensors, other: load_file(tmp_path / first)[name] + 1}, tmp_path / last, {"format": "pt"})
+            with pytest.raises(InputError, match=f"{name.removeprefix('model.')} is in {first} and, with other values, in {last}"):
+                load_model(tmp_path, "cpu")
+    with tries("fault"):                                                        # twice the same does no harm
+        save_file({**tensors, name: load_file(tmp_path / first)[name]}, tmp_path / last, {"format": "pt"})
+        load_model(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int64])
+def test_quantized_weights_without_their_scale_are_refused(folders, tmp_path, tries, dtype):
+    """Also where config.json has no quantization_config, which would have said so."""
+    _, folder = folders("qwen2")
+    for f in folder.iterdir():
+        (tmp_path / f.name).write_bytes(f.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    with tries("fault"):
+        save_file({**tensors, name: (tensors[name] * 100).to(dtype)}, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight is torch.*quantized"):
+            load_model(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("family, changes", [
+    ("qwen3", {"dtype": "torch.bfloat16"}), ("qwen2", {"dtype": None, "torch_dtype": "torch.float16"}), ("llama", {"torch_dtype": "float32"}),
+    ("llama", {"dtype": None}), ("llama", {"head_dim": None}), ("llama", {"rms_norm_eps": 1e-5, "tie_word_embeddings": None})])
+def test_configurations_as_old_and_new_tools_write_them(folders, tmp_path, family, changes):
+    """None: the key is missing, and has transformers' default."""
+    from transformers import AutoModelForCausalLM
+    _, folder = folders(family)
+    for f in folder.iterdir():
+        (tmp_path / f.name).write_bytes(f.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | changes
+    if "tie_word_embeddings" in changes:
+        config["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    model, docs, cu = load_model(tmp_path, "cpu", torch.float32)[0], *documents(1)
+    want = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(docs[0][None]).logits[0]
+    assert relative(model.logits(model(docs[0], cu)), want) < 1e-4
+
+
+def test_a_head_dim_that_is_missing_is_the_architectures(tmp_path):
+    config = json.loads((TINY / "student" / "config.json").read_text())
+    del config["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert config["model_type"] == "qwen3" and read_config(tmp_path).head_dim == 128
+
+
+@pytest.mark.parametrize("generation, config, want", [
+    ({"eos_token_id": 7}, 5, {7}), ({"eos_token_id": [7, 8]}, 5, {7, 8}), ({}, 5, {5}), ({}, [5, 6], {5, 6}), ({}, None, "tokenizer"),
+    ({"eos_token_id": None}, 5, {5}), ({"eos_token_id": []}, 5, None), ({"eos_token_id": 10**9}, 5, None), ({"eos_token_id": -1}, 5, None)])
+def test_eos_is_that_of_generation_config_alone(folders, tmp_path, generation, config, want):
+    """Then config.json's, then the tokenizer's; the tokenizer's eos need not end a turn."""
+    _, folder = folders("qwen2")
+    for f in folder.iterdir():
+        (tmp_path / f.name).write_bytes(f.read_bytes())
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    raw = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "eos_token_id": config}))
+    if want is None:
+        with pytest.raises(InputError, match="eos_token_id"):
+            load_model(tmp_path, "cpu")
+        return
+    model, tokenizer = load_model(tmp_path, "cpu")
+    assert model.eos_ids == ({tokenizer.eos_token_id} if want == "tokenizer" else want)
 
 
 @pytest.fixture
@@ -211,12 +321,77 @@ def test_lora_logits_and_gradients_equal_peft(lora_pair, packed):
     torch.testing.assert_close(again.logits(again(tokens, cu)), logits)
 
 
-@pytest.mark.parametrize("changes", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 4}}, {"target_modules": "all-linear"}, {"peft_type": "IA3"}, {"r": "8"}])
-def test_adapters_that_need_more_than_lora_are_refused(lora_pair, changes):
+@pytest.fixture(scope="module")
+def saved_by_peft(folders, tmp_path_factory):
+    """f(**settings of LoraConfig) -> (PEFT's model with random adapter weights, the folder that it saved)."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    def save(**settings):
+        base = AutoModelForCausalLM.from_pretrained(folders("qwen3")[1], attn_implementation="eager").float()
+        torch.manual_seed(3)
+        peft = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8, **settings}))
+        for name, p in peft.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(p, std=0.2)
+        folder = tmp_path_factory.mktemp("adapter")
+        peft.eval().save_pretrained(folder)
+        return peft, folder
+    return save
+
+
+@pytest.mark.parametrize("settings", [
+    {"target_modules": ["q_proj", "v_proj"]},
+    {"target_modules": "all-linear"},                                           # saved as a list of all names
+    {"target_modules": ["self_attn.o_proj", "model.layers.1.mlp.up_proj"]},
+    {"target_modules": r".*layers\.(0\.self_attn\.[qk]|1\.mlp\.down)_proj"},
+    {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0]},
+    {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
+    {"target_modules": ["q_proj"], "use_rslora": True, "lora_alpha": 3},
+    {"target_modules": ["q_proj"], "init_lora_weights": "gaussian", "lora_dropout": 0.1},
+    {"target_modules": ["q_proj"], "init_lora_weights": False},
+    {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+    {}], ids=str)                                                               # PEFT's own choice for the architecture
+def test_adapters_that_peft_saved(saved_by_peft, settings):
+    peft, folder = saved_by_peft(**settings)
+    docs, cu = documents(1)
+    model, _ = load_model(folder, "cpu", torch.float32)
+    assert lora_layers(model) and relative(model.logits(model(docs[0], cu)), peft(docs[0][None]).logits[0]) < 1e-4
+
+
+@pytest.mark.parametrize("key, settings", [
+    ("use_dora", {"use_dora": True}), ("bias", {"bias": "lora_only"}), ("bias", {"bias": "all"}), ("lora_bias", {"lora_bias": True}),
+    ("modules_to_save", {"modules_to_save": ["lm_head"]}), ("rank_pattern", {"rank_pattern": {"q_proj": 2}}),
+    ("alpha_pattern", {"alpha_pattern": {"q_proj": 2}}), ("init_lora_weights", {"init_lora_weights": "pissa"}),
+    ("init_lora_weights", {"init_lora_weights": "olora"}), ("use_qalora", {"use_qalora": True, "qalora_group_size": 2}),
+    ("trainable_token_indices", {"trainable_token_indices": [5]}), ("layer_replication", {"layer_replication": [[0, 2], [1, 2]]}),
+    ("lm_head", {"target_modules": ["q_proj", "lm_head"]}), ("embed_tokens", {"target_modules": ["q_proj", "embed_tokens"]})])
+def test_adapters_that_need_more_than_lora_are_refused_by_name(saved_by_peft, key, settings):
+    """Each saved by PEFT itself."""
+    with pytest.raises(InputError, match=key):
+        load_model(saved_by_peft(**{"target_modules": ["q_proj"], **settings})[1], "cpu")
+
+
+@pytest.mark.parametrize("changes", [
+    {"peft_type": "IA3"}, {"r": "8"}, {"r": 0}, {"r": 4}, {"lora_alpha": None}, {"alora_invocation_tokens": [5]}, {"arrow_config": {"top_k": 2}},
+    {"a_key_of_tomorrow": "on"}, {"base_model_name_or_path": None}])
+def test_adapters_of_other_kinds_are_refused(lora_pair, changes):
     config = lora_pair[2] / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    with pytest.raises(InputError, match="adapter_config.json"):
+    with pytest.raises(InputError, match=str(lora_pair[2])):
         load_model(lora_pair[2], "cpu")
+
+
+def test_an_adapter_without_or_with_foreign_tensors_is_refused(lora_pair):
+    path = lora_pair[2] / "adapter_model.safetensors"
+    tensors = load_file(path)
+    q = "base_model.model.model.layers.0.self_attn.q_proj"
+    for changed in ({}, {f"{q}.lora_A.weight": tensors[f"{q}.lora_A.weight"]}, {**tensors, "base_model.model.model.norm.weight": torch.ones(48)},
+                    {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}):
+        save_file(changed, path, {"format": "pt"})
+        with pytest.raises(InputError, match=str(lora_pair[2])):
+            load_model(lora_pair[2], "cpu")
 
 
 def test_lora_disabled_and_merge(lora_pair, folders, tmp_path):

@@ -25,10 +25,14 @@ def test_strip_cot(tokenizer, opened):
         assert (prompt + refusal).endswith("assistant\n<think>\n\n</think>\n\nNo, not 1.<|im_end|>")
 
 
-def test_a_teacher_whose_template_opens_think(tokenizer):
-    """Its traces begin inside the reasoning; a student whose template does not is to open it itself."""
-    whole, begun = (texts(encode_rows([row(1, response=r)], tokenizer, 2048)[0], tokenizer) for r in (TWO, TWO.removeprefix("<think>\n")))
-    assert whole == begun and whole[0][1].startswith("<think>\n")
+def test_a_teacher_whose_template_opens_think(tokenizer, tmp_path):
+    """Rows of other tools begin inside its reasoning; a student whose template does not open it is to do that itself. A student's own
+    trace stays as it is."""
+    begun = {"instruction": "q", "prompt_label": "vanilla_harmful", "response": TWO.removeprefix("<think>\n")}
+    trace = {**begun, "id": "1", "k": 0, "finish_reason": "stop"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (begun, trace)))
+    examples, _ = encode_rows(training_rows(tmp_path / "rows.jsonl"), tokenizer, 2048)
+    assert [text for _, text in texts(examples, tokenizer)] == [TWO + "<|im_end|>", TWO.removeprefix("<think>\n") + "<|im_end|>"]
 
 
 def test_balanced_choice():
@@ -41,8 +45,6 @@ def test_balanced_choice():
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--primer"], "--primer has moved: python -m extras.safepath"), (["--safekey"], "--safekey has moved: python -m extras.safekey"),
-    (["--online", "opsa"], "--online has moved: python -m extras.online"), (["--export", "trl"], "--export has moved: python -m extras.export"),
     (["--strip-cot", "none"], "invalid choice"), (["--limit", 0], "--limit")])
 def test_flags_that_train_py_does_not_take(tmp_path, flags, message):
     done = call("train.py", "--model", "tiny", "--data", ROOT / "tiny" / "star1.jsonl", "--label", "vanilla_harmful", "--out", tmp_path / "out", *flags)
