@@ -4,11 +4,12 @@ import json
 
 import pytest
 from conftest import ROOT
+from tokenizers import AddedToken
 from templates import R1_TOKENS, as_r1, real, sentencepiece_like
 
 from data.chat import (
     chat_template_parts, control_tokens, decode_response, decode_text, encode_parts, encode_prompt,
-    encode_response, normalize_think_tags, rejection_reason, think_prefix, encode_training_pair)
+    encode_response, normalize_think_tags, rejection_reason, template_hash, think_prefix, encode_training_pair)
 from thinksafe import InputError, load_tokenizer, resolve_model
 
 TOKENIZERS = {
@@ -138,6 +139,95 @@ def test_template_that_trims():
     tokenizer.chat_template = "<|im_start|>{{ messages[0].content | trim }}<|im_end|><think>\n"
     text = "  hello \n"
     assert encode_prompt(tokenizer, text) == tokenizer.apply_chat_template([{"role": "user", "content": text}], return_dict=False)
+
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize("content", [
+    "m.content.rstrip()", "m.content.lstrip()", "m.content | tojson", "m.content | escape", "m.content | upper", "m.content[:20]", "m.content | replace('&', 'and')",
+    "m.content ~ (range(99999) | random)", "m.content.replace('\n\n', '\n')", "m.content ~ m.content.count('\"')", "m.content | wordwrap(10)",
+    "m.content if 'user' in m.content else 'other'", "m.content | indent(2)", "'<think>' ~ m.content if m.content.startswith('Is') else m.content"])
+def test_a_template_that_changes_the_text_is_refused(content):
+    """Anything but prefix + text, or stripped text, + suffix: what the probe had would stay in every prompt."""
+    tokenizer = TOKENIZERS["tiny"]()
+    tokenizer.chat_template = CHATML.replace("CONTENT", content)
+    with pytest.raises(InputError, match="its chat template (changes the text of|does not show)"):
+        encode_prompt(tokenizer, "hello")
+
+
+@pytest.mark.parametrize("content", ["m.content", "m.content | trim", "m['content'].strip()", "m.content | string", "m.content ~ ''", "(m.content if m.content is string)"])
+def test_a_template_that_shows_the_text(content):
+    tokenizer = TOKENIZERS["tiny"]()
+    tokenizer.chat_template = CHATML.replace("CONTENT", content)
+    for text in ("hello", "  hello\n\n", "\nhello ", "Say \"no\" & {{x}} <|im_end|>?"):
+        want = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        assert tokenizer.decode(encode_prompt(tokenizer, text)) == want
+
+
+@pytest.mark.parametrize("clock", [
+    "{{ strftime_now('%Y-%m-%d') }}", "{{ strftime_now('%d %B %Y') }} {{ strftime_now('%-d.%-m.%y %H:%M:%S %j %A %b %p %F %T') }}", "{% set day = strftime_now('%d') %}{{ day }}",
+    "{% macro today() %}{{ strftime_now('%Y') }}{% endmacro %}{{ today() }}", "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}",
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"])
+def test_a_clock_in_a_template_stands_still(clock):
+    """On the day that Llama 3.2's template falls back on; all else is written as ever."""
+    tokenizer, plain = TOKENIZERS["tiny"](), CHATML.replace("CONTENT", "m.content")
+    tokenizer.chat_template = "\n  " + clock + "\n{% if true %}\n  ok\n{% endif %}" + plain
+    text = tokenizer.decode(encode_prompt(tokenizer, "hello"))
+    assert "2024" in text or "26" in text
+    real = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True, tokenize=False, date_string="26 Jul 2024")
+    assert text.split("ok")[1] == real.split("ok")[1] and text.count("\n") == real.count("\n") and text[0] == real[0]
+
+
+def test_the_template_hash_is_of_what_is_rendered():
+    """Not of how the template is written; and of all forms that stages ask for."""
+    tokenizer, hashes = TOKENIZERS["tiny"](), []
+    plain = CHATML.replace("CONTENT", "m.content")
+    for template in (plain, "{# a comment #}" + plain.replace("for m in", "for  m  in"), plain + "{{ '!' }}", plain.replace("m.content", "m.content | trim"),
+                     plain + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>{% endif %}",
+                     plain.replace("{{ m.content }}", "{{ m.content }}{% if m.role == 'assistant' %}.{% endif %}")):
+        tokenizer = TOKENIZERS["tiny"]()
+        tokenizer.chat_template = template
+        hashes.append(template_hash(tokenizer))
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 5
+
+
+@pytest.mark.parametrize("template, eos, want", [
+    (CHATML.replace("CONTENT", "m.content"), "<|endoftext|>", "<|im_end|>"),
+    (CHATML.replace("CONTENT", "m.content").replace("<|im_end|>\n", "\n  <|im_end|>"), "<|endoftext|>", "<|im_end|>"),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "<|im_end|>", "<|im_end|>"),                      # it ends in words: eos
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}", "<|endoftext|>", "<|endoftext|>"),
+    ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{{ raise_exception('no') }}{% endif %}{% endfor %}", "<|im_end|>", "<|im_end|>")])
+def test_a_turn_ends_as_the_template_ends_it(template, eos, want):
+    """Without the token that the trace ended in; with it, in that one, if the tokenizer has it."""
+    tokenizer = TOKENIZERS["tiny"]()
+    if "<|endoftext|>" not in control_tokens(tokenizer):
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    tokenizer.chat_template, tokenizer.eos_token = template, eos
+    ends = [tokenizer.convert_ids_to_tokens(encode_training_pair(tokenizer, "q", "<think>\na\n</think>\n\nb", own)[1][-1])
+            for own in (None, "<|endoftext|>", "<|im_end|>", "</s> of another model")]
+    assert ends == [want, "<|endoftext|>", "<|im_end|>", want]
+
+
+def test_no_token_that_ends_a_turn():
+    tokenizer = TOKENIZERS["tiny"]()
+    tokenizer.chat_template, tokenizer.eos_token = "{% for m in messages %}{{ m.content }}{% endfor %}", None
+    with pytest.raises(InputError, match="no token ends a turn"):
+        encode_training_pair(tokenizer, "q", "a")
+
+
+def test_an_unknown_token_that_steers_is_control_too(tries):
+    """SmolLM2's unknown token is <|endoftext|>, which ends a document. The list of control tokens is the tokenizer's own."""
+    for special, unk in ((True, "<|endoftext|>"), (True, "<|im_end|>"), (True, "<unk>"), (False, "<unk>")):
+        tokenizer = TOKENIZERS["tiny"]()
+        tokenizer.add_tokens([AddedToken(unk, special=special, normalized=False)], special_tokens=special)
+        tokenizer.unk_token = unk
+        added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special or len(token.content) > 1 and token.content.strip()}
+        for text in (unk, f"a{unk}b", f"{unk}{unk}", f"<|im_start|>{unk}", f" {unk}\n"):
+            with tries("attack"):
+                steers = set(added.values()) - (set() if special else {added[unk]})
+                assert steers.isdisjoint(encode_parts(tokenizer, "", text)) and decode_text(tokenizer, encode_parts(tokenizer, "", text)) == text
 
 
 def test_no_or_bad_template():

@@ -29,7 +29,7 @@ def test_ids_are_prompt_response_eos(model_and_examples):
     for row, item in zip(ROWS, items):
         assert item["ids"][:item["n_prompt"]] == encode_prompt(tokenizer, row["instruction"])
         assert tokenizer.decode(item["ids"][item["n_prompt"]:]) == row["response"] + "<|im_end|>"
-        assert item["ids"][-1] == tokenizer.eos_token_id
+        assert item["ids"][-1] == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_what_is_not_trained_on(model_and_examples):

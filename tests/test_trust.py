@@ -37,7 +37,7 @@ from templates import LLAMA_GUARD_3_1B, LLAMA_GUARD_3_8B, QWEN3GUARD, add_tokens
 import thinksafe
 import train
 from data import chat
-from data.chat import chat_template_parts, control_tokens, decode_response, encode_prompt, normalize_think_tags
+from data.chat import chat_template_parts, decode_response, encode_prompt, normalize_think_tags, turn_end
 from data.guards import GUARDS, spoofs_guard
 from data.rows import RowWriter, read_rows
 from data.run_record import read_run
@@ -751,7 +751,8 @@ def test_text_is_never_control(tries, some, name):
     hypothesis = pytest.importorskip("hypothesis")
     from hypothesis import strategies as st
     tokenizer = TOKENIZERS[name]()
-    words = control_tokens(tokenizer)
+    words = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()      # the tokenizer's own list, not control_tokens'
+             if token.special or len(token.content) > 1 and token.content.strip() and i != tokenizer.unk_token_id}
     controls = set(words.values())
     think = {words.get("<think>"), words.get("</think>")} - {None}
     form = GUARDS[FORMS[name]] if name in FORMS else None
@@ -780,7 +781,7 @@ def test_text_is_never_control(tries, some, name):
                 for example in train.encode_rows([row], tokenizer, 10**6)[0]:
                     target = example["ids"][example["n_prompt"]:]
                     assert of(example["ids"][:example["n_prompt"]]) == sum(frame, [])
-                    assert target[-1] == tokenizer.eos_token_id and set(of(target[:-1])) <= think
+                    assert target[-1] == turn_end(tokenizer) and set(of(target[:-1])) <= think
                     assert len(of(target[:-1])) <= len(re.findall("</?think>", normalize_think_tags(response, tokenizer)))
             if guard:
                 assert of(guard.encode(prompt, response)) == plain
