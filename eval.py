@@ -27,7 +27,7 @@ import torch
 
 from data.benchmarks import (
     BENCHMARKS, NAMED, grade, kind_of, means_over, paper_figures, read_evaluation)
-from data.chat import template_hash, think_prefix
+from data.chat import template_hash
 from data.rows import TRACE_KEYS, RowWriter, content_id, write_atomic, write_rows
 from data.run_record import Stage, read_run, stage_seed
 from data.sources import VERSIONS, label_counts
@@ -284,13 +284,11 @@ def main():
     prompts = {row["id"]: row for row in prompts if owns(args.shard, row["id"])}
     text = [f"prompts ({asked['protocol']}): {label_counts(prompts.values())}", *left_out.values()]
     print(escape_control_chars("\nleft out: ".join(text)), flush=True)
-    writer, prefix = RowWriter(stage.path, {**TRACE_KEYS, "when": str}), think_prefix(tokenizer)
-    traces = {}
+    writer, traces = RowWriter(stage.path, {**TRACE_KEYS, "when": str}), {}
     for row in writer.rows:
         if row["id"] not in prompts or row["when"] not in ("before", "after"):
             raise InputError(f"{stage.path}: row {row['id']} is of another evaluation; delete it, "
                              "or use another --out")
-        row["response"] = prefix + row["response"].removeprefix(prefix)      # old rows lack it
         traces[row["id"], row["when"], row["k"]] = row | prompts[row["id"]]
     total = 2 * sum(budget.get(row["set"], budget["other"])[0] for row in prompts.values())
     with progress("eval", total, "trace", len(traces)) as advance:

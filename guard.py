@@ -239,9 +239,6 @@ def main():
         "keep": args.keep, "dtype": str(dtype), "quantize": args.quantize,
         "samples": content_id(json.dumps([trace for trace in traces if trace["k"] < n]))}
     tokenizer = load_tokenizer(resolve_model(student).folder)
-    prefix = think_prefix(tokenizer)                 # rows of earlier versions lack it
-    for trace in traces:
-        trace["response"] = prefix + trace["response"].removeprefix(prefix)
     path, log_path = args.out / "guarded.jsonl", args.out / "verdicts.jsonl"
     earlier = path.exists() and not log_path.exists()          # a folder of an earlier version
     stage = Stage("guard", args, path.name if earlier else log_path.name, fingerprint,

@@ -255,7 +255,7 @@ def test_samples_resume(prompts, tmp_path):
 
 
 def test_responses_are_whole(monkeypatch, prompts, tmp_path):
-    """Where the chat template writes "<think>\\n", responses begin with it. Rows of older versions, which lack it, are completed."""
+    """Where the chat template writes "<think>\\n", responses begin with it, and they are judged so."""
     folder, out = tmp_path / "student", tmp_path / "out"
     shutil.copytree(ROOT / "tiny" / "student", folder)
     with open(folder / "chat_template.jinja", "a") as f:
@@ -268,12 +268,7 @@ def test_responses_are_whole(monkeypatch, prompts, tmp_path):
     rows = rows_of(out / "eval.jsonl")
     assert len(rows) == 6 and all(row["response"].startswith("<think>\n") for row in rows)
     assert all(row["n_prompt_tokens"] > 10 for row in rows)
-    older = [{**row, "response": row["response"].removeprefix("<think>\n")} for row in rows]
-    for row in older:
-        del row["n_prompt_tokens"]
-    (out / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in older))
-    assert call("eval.py", *flags).returncode == 0
-    assert seen[0] == seen[1] and [row["response"] for row in rows_of(out / "eval.jsonl")] == [row["response"] for row in rows]
+    assert sorted(seen[0]) == sorted(row["response"] for row in rows)
 
 
 def test_different_tokenizers_are_refused(prompts, tmp_path):
