@@ -9,137 +9,28 @@ Benchmarks: where the rows are, how the model is asked, and whether an answer is
 To add a benchmark, add an entry to BENCHMARKS.
 """
 import csv
-import functools
-import logging
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from data.chat import OutOfTime, time_limit
+from data.graders import is_right, same_choice, same_number, same_value
 from data.sources import (
     SETS, Unavailable, find_label, find_prompt, has_value, label_counts, load_rows, prompt_rows)
 from data.rows import content_id
 from thinksafe import ROOT, TINY, InputError, escape_control_chars, is_tiny
 from tiny import world
 
-# ---------------------------------------------------------------------------------------------
-# Graders
-
-MAX_ANSWER_CHARS = 400                 # the longest reference answer of MATH-500 has 48
-ANSWER_PHRASE = re.compile(
-    r"\banswer(?:\s+is)?[\s*]*:[\s*]*|\banswer\s+is\b[\s*]*|####\s*(?=[$\d.,-]+\s*$)", re.I | re.M)
-FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
-
-def final_answer(response):
-    """Return the text of the answer that a response commits to, or None.
-
-    Only what follows the last </think> counts; reasoning that is not closed has no answer. Taken is
-    the content of the last \\boxed{...}; else what follows the last "answer is", "answer:" or
-    "#### ", to the end of the formula or sentence; else the last line. A last box without a closing
-    brace is no answer, nor is a last line that stops in mid-sentence.
-    """
-    answer = response.rpartition("</think>")[2]
-    if "<think>" in answer:
-        return None
-    box = answer.rfind("\\boxed{")
-    if box >= 0:
-        brace = box + len("\\boxed")
-        return braced_text(answer[brace:brace + MAX_ANSWER_CHARS])
-    end = max((phrase.end() for phrase in ANSWER_PHRASE.finditer(answer)), default=None)
-    if end is None:
-        last_line = answer.rstrip().rpartition("\n")[2]
-        text = re.sub(r"^\s*(?:\d+[.)]|[-*#]+)\s+", "", last_line)      # "3." numbers a list
-        if re.search("[a-z] [a-z]", text) and text[-1] not in ".!*$)}":
-            return None
-    else:
-        rest = answer[end:end + MAX_ANSWER_CHARS]
-        formula = FORMULA.match(rest)
-        text = next(filter(None, formula.groups())) if formula else re.split(r"[.!]\s|\n", rest)[0]
-    return text.lstrip(" *").rstrip(" *.") if len(text) < MAX_ANSWER_CHARS else None
-
-def braced_text(text):
-    """Return what is inside of the braces that a text begins with, or None if they stay open."""
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", text, re.S):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[1:brace.start()].strip().rstrip(".")
-    return None
-
-def unwrap_text(latex):
-    """Take words in LaTeX out of their command: \\text{ cm} becomes cm."""
-    return re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1 ", latex).strip()
-
-def parse_number(text, words=False):
-    """Return the only number of a text as a Fraction, or None: 18, $1,000.50, 10,\\!080.
-
-    words: whether words may stand around it, as in 18 dollars.
-    """
-    text = re.sub(r"\\[!,;:]\s*", "", unwrap_text(text))
-    for latex, plain in (("{,}", ","), ("\\$", "$"), ("\\%", "%"), ("−", "-")):
-        text = text.replace(latex, plain)
-    found = NUMBER.findall(text)
-    rest = NUMBER.sub("", text)
-    allowed = r"[A-Za-z\s$€£%.,:;()\[\]'\"*-]*" if words else r"[\s$]*"
-    if len(found) != 1 or not re.fullmatch(allowed, rest):
-        return None
-    return Fraction(found[0].replace(",", ""))
-
-def choice_letter(text):
-    """Return the letter A to D of B, (B), **B**, \\text{B} or B) 5 eV; None for any other text."""
-    choice = re.fullmatch(r"\(?([A-D])(?:[).:,].*)?", unwrap_text(text).strip(" $*"), re.S)
-    return choice and choice[1]
-
-@functools.lru_cache(maxsize=100_000)       # most samples of a problem agree
-def same_expression(answer, reference):
-    """Whether math-verify finds two LaTeX expressions equal within a second of processor time."""
-    from math_verify import LatexExtractionConfig, parse, verify
-    logging.getLogger("math_verify").setLevel(logging.ERROR)    # it warns that the limit is ours
-
-    def parse_latex(text):
-        return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)
-
-    bases, reference_bases = (re.findall(r"\d_\{?(\d+)", text) for text in (answer, reference))
-    if answer == reference or bases not in ([], reference_bases):       # it reads 52_8 as 52
-        return answer == reference
-    try:
-        with time_limit(1):
-            return bool(verify(parse_latex(reference), parse_latex(answer), timeout_seconds=None))
-    except OutOfTime:
-        return False
-
-def same_choice(answer, reference):
-    """Whether both are the same letter of a multiple choice."""
-    return choice_letter(answer) is not None and choice_letter(answer) == choice_letter(reference)
-
-def same_value(answer, reference):
-    """Whether both are the same number or, if either is no single number, the same expression."""
-    numbers = parse_number(answer), parse_number(reference)
-    return numbers[0] == numbers[1] if None not in numbers else same_expression(answer, reference)
-
-def same_number(answer, reference):
-    """As same_value; words around the number, and an equation before it, do not matter."""
-    numbers = parse_number(answer.rpartition("=")[2], words=True), parse_number(reference)
-    return numbers[0] == numbers[1] if None not in numbers else same_expression(answer, reference)
-
 def grade(task, response, answer):
-    """Whether the final answer of a response (see final_answer) is right.
+    """Whether the final answer of a response (see data.graders.final_answer) is right.
 
     task: a benchmark, "tiny" for the tiny world's sums, or any other name: graded as MATH-500 is.
-    Call it from the main thread: elsewhere math-verify runs without a time limit.
     """
     if task == "tiny":
         return world.solved(response, answer)
-    found = final_answer(response)
-    if not found:
-        return False
-    grader = BENCHMARKS[task].grader if task in BENCHMARKS else same_value
-    return grader(found, str(answer).rpartition("####")[2].strip())     # GSM8K's form of reference
+    return is_right(BENCHMARKS[task].grader if task in BENCHMARKS else same_value, response, answer)
 
 # ---------------------------------------------------------------------------------------------
 # Rows of a benchmark as (problem, reference answer), or None for a row that the paper does not use

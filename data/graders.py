@@ -1,0 +1,396 @@
+r"""
+Graders: which answer a response commits to, and whether it is right.
+
+    from data.graders import final_answer, same_value
+    same_value(final_answer(r"So \boxed{√2/2}."), r"\frac{1}{\sqrt{2}}")     # -> True
+
+An answer that is not understood is wrong. Formulas are read and compared by math-verify, and what
+it would round is compared exactly first.
+"""
+import functools
+import logging
+import re
+import unicodedata
+from fractions import Fraction
+
+from data.chat import OutOfTime, reopens_thought, time_limit
+
+# ---------------------------------------------------------------------------------------------
+# Text to LaTeX
+
+GLYPHS = dict(zip("−–‐‑×·⋅∙÷±≤⩽≥⩾≠≈∞∅∪∩∈√∛π°º、٫٬％⌊⌋⌈⌉ℝ", (
+    r"- - - - \times \cdot \cdot \cdot / \pm \le \le \ge \ge \ne \approx \infty \emptyset \cup "
+    r"\cap \in \sqrt \sqrt[3] \pi ^\circ ^\circ , . , % \lfloor \rfloor \lceil \rceil \mathbb{R}"
+).split()))
+GLYPHS |= {chr(code): "\\" + unicodedata.name(chr(code)).split()[-1].lower()
+           for code in range(0x3B1, 0x3CA) if code not in (0x3C2, 0x3BB, 0x3C0)} | {"λ": "\\lambda"}
+SMALL = {kind: "".join(c for c in map(chr, range(0xAA, 0x2160))
+                       if unicodedata.decomposition(c).startswith(kind) and c not in GLYPHS)
+         for kind in ("<super>", "<sub>", "<fraction>")}              # ², ₂ and ½
+SMALL_TEXT = re.compile("[{<super>}]+|[{<sub>}]+|[{<fraction>}]".format(**SMALL))
+
+def _write_small(match):
+    """Write x², H₂ or ½ (what SMALL_TEXT finds in them) as LaTeX."""
+    text = unicodedata.normalize("NFKC", match[0]).replace("−", "-")
+    if match[0] in SMALL["<fraction>"]:
+        return "\\frac{{{}}}{{{}}}".format(*text.split("⁄"))
+    return f"{'^' if match[0][0] in SMALL['<super>'] else '_'}{{{text}}}"
+
+def to_latex(text):
+    """Write Unicode mathematics as LaTeX, and digits and punctuation of all scripts as ASCII. Marks
+    of code and bold type are taken away."""
+    text = SMALL_TEXT.sub(_write_small, text)
+    text = re.sub(r"([√∛])\s*(\d+|\w|\(([^()]*)\))", lambda m: f"{m[1]}{{{m[3] or m[2]}}}", text)
+    text = "".join(f"{GLYPHS[c]} " if GLYPHS.get(c, "")[-1:].isalpha() else GLYPHS.get(c, c)
+                   for c in text)
+    text = unicodedata.normalize("NFKC", text)                        # full width, spaces
+    text = re.sub(r"(?![0-9])\d", lambda match: str(unicodedata.decimal(match[0])), text)
+    text = re.sub(r"(?<=[\w)])\*\*(?=[\w({-])|<sup>(-?\w+)</sup>", r"^\1", text)      # x**2
+    marks = r"```[a-z]*\n|`+|\*\*|</?(?:b|i|u|em|strong|code)>|[\u200b-\u200f\ufeff]"
+    return re.sub(marks, "", text)
+
+# ---------------------------------------------------------------------------------------------
+# The answer that a response commits to
+
+MAX_RESPONSE = 100_000                 # characters at the end of a response that are searched
+MAX_ANSWER_CHARS = 400                 # the longest reference answer of MATH-500 has 48
+MAX_BOXES = 20
+ANSWER_WORD = (                        # "answer" in the larger languages
+    r"\b(?:answers?|(?:correct|right|best) (?:option|choice)|respuesta|réponse|antwort|lösung"
+    r"|risposta|resposta|antwoord|odpowiedź|cevap|jawaban|ответ|відповідь|đáp án|câu trả lời)\b"
+    r"|答案(?:选项)?|答え|答|解答|正解|정답|답|उत्तर|जवाब|উত্তর|الجواب|الإجابة|پاسخ|جواب|คำตอบ")
+IS = (r"\b(?:is|are|was|would be|should be|must be|equals|es|est|ist|lautet|è|é|adalah|là)\b"
+      r"|是|为|為|は|은|는|هو|هي|है|คือ|=|:|-\s|—")
+ANSWER_PHRASE = re.compile(
+    rf"(?:{ANSWER_WORD})(?:\s[^\W\d_]+){{0,5}}?[\s*]{{0,8}}(?:{IS})|<(?:final_?)?answer>"
+    r"|(?:答案|选[择项]?|उत्तर|ответ|الجواب)\s{0,3}(?=[-$(\\\d]|[A-J](?![a-z]))"
+    r"|^[\s#*]{0,8}(?:final |correct )?answer[\s*]{0,8}$|^####\s{0,8}(?=[-$\d.,]+\s*$)",
+    re.I | re.M)
+LEAD_IN = re.compile(r"(?:[\s:*]|\\approx\b|not [^.,]{1,40}? but\b"
+                     r"|(?:approximately|about|exactly|simply|therefore|thus|also)\b)*", re.I)
+FORMULA = re.compile(                  # "$5 and $6" holds none
+    r"\$\$(.+?)\$\$|\\\((.+?)\\\)|\\\[(.+?)\\\]"
+    r"|(?<![\\\w])\$(?!\s)((?:\\.|[^$\\\n])+?)(?<!\s)\$(?!\d)", re.S)
+SEPARATOR = re.compile(                # of boxes that are one list
+    r"(?:[\s$]|\\[()\[\]]|\\q?quad)*(?:[,;]|\b(?:and|or|und|et|y|e|и)\b|和)"
+    r"(?:[\s$]|\\[()\[\]]|\\q?quad|\b(?:and|or)\b|[a-z](?:_\{?\d\}?)?\s*=)*")
+SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|$)|[。！？।]|\n|</(?:final_?)?answer>")
+BECAUSE = re.compile(
+    r",?\s(?:because|since|as|given that|where|which|porque|car|weil)\b.*|(?<=\S), not\b.*", re.S)
+VALUE = re.compile(r"[-+$€£¥\\(\[{.\d]|[A-J]\b|[a-z]\s*=|(?:option|choice) \W?[A-J]\b")
+
+def braced_text(text, start):
+    """Return what is inside of the braces that open at `start`, or None if they stay open."""
+    depth = 0
+    for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start + 1:brace.start()]
+    return None
+
+def find_boxes(text):
+    """Return (start, end, content) of the last boxes of a text that hold something. The content of
+    a box that stays open is None."""
+    boxes = []
+    for match in list(re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|(?=(\w)\b))", text))[-MAX_BOXES:]:
+        content = match[1] or braced_text(text, match.end() - 1)
+        end = len(text) if content is None else match.end() + len(content) + (not match[1])
+        if content and content.strip():
+            sign = re.search(r"[$=(\[]\s*-\s*$", text[:match.start()][-20:])
+            tail = re.match(r"\d+|\s*(?:\^|\\(?:times|cdot)\b)[^$\n.,]{0,30}", text[end:end + 40])
+            content = "-" * bool(sign) + content.strip() + (tail[0] if tail else "")
+        if content != "":
+            boxes.append((match.start(), end, content))
+    return boxes
+
+def last_list(boxes, text):
+    """Return the content of the last box, with those before it if only commas or "and" are between
+    them: three boxes can be one answer 3, 5, 7. None if the last one stays open."""
+    parts = [boxes[-1][2]]
+    for (_, end, content), (start, _, _) in zip(boxes[-2::-1], boxes[:0:-1]):
+        if content is None or not SEPARATOR.fullmatch(unwrap_text(text[end:start][:100])):
+            break
+        parts.insert(0, content)
+    if parts[-1] is None or len(set(parts)) == 1:
+        return parts[-1]
+    return ", ".join(re.sub(r"^[a-z](?:_\{?\d\}?)?\s*=", "", part.strip(" .")) for part in parts)
+
+def formulas(text):
+    """Return (start, end, content) of the formulas of a text."""
+    return [(match.start(), match.end(), next(filter(None, match.groups())))
+            for match in FORMULA.finditer(text)]
+
+def said_after(text, phrase):
+    """Return what is said after "the answer is" (a match of ANSWER_PHRASE): a formula, or the text
+    up to the end of the sentence or a reason; and whether it is a value, not prose."""
+    rest = text[LEAD_IN.match(text, phrase.end()).end():][:MAX_ANSWER_CHARS]
+    found = formulas(rest)
+    if found and found[0][0] == 0:
+        n = 1
+        while n < len(found) and SEPARATOR.fullmatch(rest[found[n - 1][1]:found[n][0]]):
+            n += 1
+        after = SENTENCE_END.split(rest[found[n - 1][1]:])[0]
+        if not re.search(r"\b(?:and|or)\b.*\d", after):              # $18$ dollars and $50$ cents
+            return last_list(found[:n], rest), True
+    sentence = BECAUSE.sub("", SENTENCE_END.split(rest)[0]).strip(" *_")
+    is_label = phrase[0].rstrip(" *").endswith((":", ">", "#"))
+    is_value = is_label or VALUE.match(sentence)
+    return (sentence if len(sentence) < MAX_ANSWER_CHARS else ""), bool(is_value)
+
+def last_line(text):
+    """Return the text of the last line, or None if that stops in mid-sentence."""
+    text = text.rstrip()[-MAX_ANSWER_CHARS:]
+    found = formulas(text)
+    if found and not text[found[-1][1]:].strip(" .*"):
+        return last_list(found, text)
+    line = text.rpartition("\n")[2]
+    line = re.sub(r"^\s*(?:\d+[.)]|[-*#>]+)\s+", "", line)              # "3." numbers a list
+    ends = re.search(r"[.!*$)}。]$|=\s*[$€£]?[\d.,]+$", line)
+    if len(line) == MAX_ANSWER_CHARS or re.search("[a-z] [a-z]", line) and not ends:
+        return None
+    return re.split(r"(?<=[.!?])\s+", line.strip(" *"))[-1].rstrip(" .")
+
+def final_answer(response):
+    r"""Return the answer that a response commits to, as LaTeX, or None.
+
+    Only what follows the last </think> counts; reasoning that is not closed has no answer. Of a
+    box and "the answer is" (in one of the larger languages, as a heading, a tag or "#### "), what
+    is said last counts: boxes that are one list, or the formula or sentence after the phrase.
+    Boxes that are empty do not count, nor phrases that only talk about the answer. Without either
+    it is the last line. A last box without a closing brace is no answer, nor is a last line that
+    stops in mid-sentence.
+    """
+    text = response.rpartition("</think>")[2]
+    if reopens_thought(text):
+        return None
+    text = to_latex(text[-MAX_RESPONSE:])
+    boxes = find_boxes(text)
+    since = boxes[-1][1] if boxes else 0
+    phrases = list(ANSWER_PHRASE.finditer(text, since))[-MAX_BOXES:]
+    said = [answer for answer in (said_after(text, phrase) for phrase in phrases) if answer[0]]
+    values = [value for value, is_value in said if is_value]
+    if values or said and not boxes:
+        return values[-1] if values else said[-1][0]
+    return last_list(boxes, text) if boxes else last_line(text)
+
+# ---------------------------------------------------------------------------------------------
+# Numbers and letters
+
+NUMBER = re.compile(
+    r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
+ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9,
+         "万": 4, "萬": 4, "만": 4, "亿": 8, "億": 8, "억": 8}
+MAGNITUDE = rf"\s*({'|'.join(ZEROS)})(?![A-Za-z])"
+NO_NUMBER = re.compile(                # words that change the number after them
+    r"\b(?:not|than|least|most|over|under|between|up to|nicht|no|non|não|pas|не)\b|不|아니", re.I)
+
+def unwrap_text(latex):
+    """Take words in LaTeX out of their command: \\text{ cm} becomes cm."""
+    pattern = r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}"
+    return re.sub(pattern, r" \1 ", latex).strip()
+
+def parse_number(text, words=False):
+    """Return the only number of a text as a Fraction, or None: 18, $1,000.50, 10,\\!080.
+
+    words: whether words and units may stand around it, as in 18 dollars, 60 km/h, 5 million or
+    18 (9 eggs at $2 each).
+    """
+    text = re.sub(r"\\[!,;: ]\s*", "", unwrap_text(text))
+    for latex, plain in (("{,}", ","), ("\\$", "$"), ("\\%", "%")):
+        text = text.replace(latex, plain)
+    if words:
+        text = re.sub(r"\s\((?:=|[^()]*[a-z]{2})[^()]*\)", "", text)               # a remark
+        text = re.sub(r"(?<=[a-z])\s*\^\s*\{?-?[1-3]\}?|\^\s*\{?\\circ\}?", "", text)     # m^2
+        text = re.sub(r"(?<=[A-Za-z])\s*/\s*(?=[A-Za-z])", " per ", text)
+        text = re.sub(r"\b(?:negative|minus)\s+(?=[$\d.])", "-", text)
+    text = re.sub(r"\b\d{1,3}(?: \d{3})+\b", lambda match: match[0].replace(" ", ""), text)
+    text = re.sub(r"(?<![\w)}$%])\s*-\s*(\$?)\s*(?=[\d.])", r" \1-", text)
+    found = NUMBER.findall(text)
+    if len(found) != 1 or len(found[0]) > MAX_ANSWER_CHARS:
+        return None
+    before, _, after = text.partition(found[0])
+    allowed = r"[^\W\d_]*[^\d+*/^=<>\\{}|_~]*" if words else r"[\s$]*"
+    if not re.fullmatch(allowed, before + after):
+        return None
+    zeros = re.match(MAGNITUDE, after, re.I)
+    if words and (NO_NUMBER.search(before) or re.match(r"\s?[kxyzn]\b|!|[A-Z]\b|.*\bor\b", after)
+                  or re.search(r"[A-Za-z]-?$", before)):
+        return None
+    return Fraction(found[0].replace(",", "")) * 10 ** (ZEROS[zeros[1].lower()] if zeros else 0)
+
+LETTER = re.compile(
+    r"(?:(?:i|would|go with|only|statement|so|thus|hence|therefore|la|the|my|correct|right|best"
+    r"|final|answer|is|choose|pick|select|option|choice|opción|opção|вариант)\b[\s:,]*|选项\s*)*"
+    r"\(?([A-J])(?![A-Za-z0-9_'+*/^-])(.*)", re.I | re.S)
+NEXT_LETTER = re.compile(              # behind a letter: another one; A can be the article
+    r"(?<![A-Za-z0-9_'])[B-HJ](?![A-Za-z0-9_'])|[,;/&+(]\s*A(?![\w'])"
+    r"|\b(?:and|or|und|et|y|o)\s+\(?A(?![\w' ])")
+AFTER_LETTER = re.compile(             # what may stand behind the letter that is meant
+    r"\W*$|[).:,]+\s.*|\s[-—]\s.*|\\?\s+\(.*|[^\x00-\x7f].*|\)?,?\s*"
+    r"(?:is (?:the |my )?(?:correct|right|best|answer)|because|since|as|for|not)\b.*", re.S)
+
+def choice_letter(text):
+    """Return the letter A to D of B, (B), **B**, \\text{Option B}, B) 5 eV or "B is correct"; None
+    for any other text. Several letters are no letter."""
+    choice = LETTER.fullmatch(unwrap_text(text).strip(" $*.[]"))
+    if not choice or choice[1] not in "ABCD":
+        return None
+    if NEXT_LETTER.search(re.sub(r",? (?:and )?not .*", "", choice[2], flags=re.S)):
+        return None
+    return choice[1] if AFTER_LETTER.fullmatch(choice[2]) else None
+
+# ---------------------------------------------------------------------------------------------
+# Formulas
+
+MONEY = "$€£¥₹"
+UNIT = re.compile(
+    r"(?<=[\d}\s)])\s*(?:\\(?:text|mathrm|mbox)\{\s*([^{}]*?)\s*\}"
+    r"|(?<=\s)(?!squared|cubed|factorial|and\b|or\b)([a-z]{2,}|[a-z]+/[a-z]+)"
+    r"|\^\s*\{?\\circ\s*\}?)(?:\^\{?(\d)\}?)?\s*$")
+UNITS = {"dollar": "$", "inche": "in", "inch": "in", "feet": "ft", "foot": "ft", "meter": "m"}
+NAME = (r"(?:\\?[a-zA-Z]+(?:\s[A-Z]{1,4})?(?:\{[^{}]*\})?(?:_\{?\w+\}?)?(?:\([^()=]*\))?"
+        r"|\(\w(?:,\s*\w)*\))")
+NAMED = re.compile(rf"(?:^|(?<=,))\s*({NAME})\s*=(?!=)")             # x = 3, y = 4
+FUNCTION = r"(?<![\\a-zA-Z])(pi|sqrt|sin|cos|tan|cot|log|ln)(?![a-zA-Z])"
+
+def _tidy(text):
+    """Write a formula in the forms that math-verify reads right."""
+    text = text.strip().strip("$").rstrip(". ")
+    for pattern, new in (
+            (r"\\varnothing|\\\{\s*\\\}|^\{\s*\}$", r"\\emptyset"),
+            (rf"^{NAME}\s*\\in\s*(?=\\?[\[({{]|\\left)", ""),                 # x \in [0, 1]
+            (r"^\\\{\s*\w\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid|[|:])(.*(?:[<>]|\\[lg]e).*)\\\}$",
+             r"\1"),                                                        # {x | 0 \le x}
+            (r"^\](?=.*,)", "("), (r"(?<=\S)\[$", ")"),                     # ]0, 1[
+            (r"\\(?:mathrm|text)\{i\}", "i"),
+            (r"(?<=\d)[eE]([-+]?\d+)\b", r"\\cdot 10^{\1}"),
+            (r"(?<![\w_])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),             # 2 1/2
+            (r"(?<![\w_])(\d+)\s*\(", r"\1\\cdot("),
+            (FUNCTION, r"\\\1 "), (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+            (r"^(?![^{]*\\pm.*\\pm)([^,()\[{]*)\\pm(.*)$", r"\1+\2, \1-\2")):
+        text = re.sub(pattern, new, text)
+    if not re.search(r"[<>]|\\[lg]e", text):
+        text = re.sub(r",?\s*(?:\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)|;", ",", text)
+    return text.strip()
+
+def _split_unit(text):
+    r"""Split a formula and its unit: "5\text{ cm}^2" is ("5", "cm2"), "5 million" (5 10^6, "")."""
+    money = re.match(rf"-?\s*\\?([{MONEY}])", text)
+    text, unit = re.sub(rf"\\?[{MONEY}]\s*(?=[\d.])", "", text), money[1] if money else ""
+    found = UNIT.search(text)
+    if not found or not found.start():
+        return text, unit
+    word = found[1] or found[2] or "degree"
+    zeros = re.match(MAGNITUDE, word)
+    word = (word[zeros.end():] if zeros else word).strip().removesuffix("s")
+    zeros = rf"\cdot 10^{ZEROS[zeros[1]]}" if zeros else ""
+    return text[:found.start()] + zeros, UNITS.get(word, word) + (found[3] or "") or unit
+
+def _parse_latex(text):
+    """Read a formula -> list of SymPy expressions, in which decimals are exact fractions, i is the
+    imaginary unit, and the other variables are real."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+    from sympy import Basic, Float, I, Rational, Symbol
+    options = LatexExtractionConfig(
+        normalization_config=NormalizationConfig(malformed_operators=True))      # units stay
+    found = []
+    for x in parse(f"\\boxed{{{text}}}", [options], parsing_timeout=None):
+        if isinstance(x, Basic):
+            names = {s: I if s.name == "i" else Symbol(s.name, real=True) for s in x.free_symbols}
+            x = x.xreplace({**names, **{f: Rational(str(f)) for f in x.atoms(Float)}})
+        found.append(x)
+    return found
+
+def _same_constant(a, b):
+    """Whether two SymPy constants are equal, exactly or, with roots and the like, to 1,000 digits.
+    None for anything else."""
+    from sympy import Expr, Float, N, UnevaluatedExpr
+    if not all(isinstance(x, Expr) and not x.free_symbols and not x.has(UnevaluatedExpr)
+               for x in (a, b)):
+        return None
+    a, b = a.doit(), b.doit()
+    if a.is_Rational and b.is_Rational or a == b or a.is_infinite or b.is_infinite:
+        return a == b
+    return bool(abs(N(a - b, 15, maxn=2000)) <= abs(N(b, 15)) * Float(10) ** -1000)
+
+def _same_formula(answer, reference):
+    """Whether math-verify finds two tidy formulas equal, where it is not more lenient than
+    mathematics: an equation is not its right side, a set no tuple, X not x, and 3, 3 not 3."""
+    from math_verify import verify
+    words = [unwrap_text(text).lower().strip("() .") for text in (answer, reference)]
+    if all(re.fullmatch(r"[a-z][a-z .'-]+|\d+:\d+", text) for text in words) and (
+            "\\text" in answer + reference or re.search(r"[a-z]{4}|:", words[0])):
+        return words[0] == words[1]
+    one_letter = r"(?<![\\a-zA-Z{])[a-zA-Z](?![a-zA-Z])"
+    found, expected = (set(re.findall(one_letter, text)) for text in (answer, reference))
+    if found != expected and {*map(str.lower, found)} == {*map(str.lower, expected)}:
+        return False
+    names = NAMED.findall(reference)
+    if not names or names == NAMED.findall(answer):          # x = 3 is 3, y = 3 is not x = 3
+        answer, reference = NAMED.sub("", answer), NAMED.sub("", reference)
+    left, _, right = answer.rpartition("=")
+    if left.strip(" <>") and "=" not in reference:           # 9 \cdot 2 = 18 is 18
+        sum_of_names, no_names = rf"{NAME}\s*[+-]\s*{NAME}\s*", r"[^a-zA-Z]*(?:\\[a-z]+[^a-zA-Z]*)*"
+        if not re.fullmatch(f"{sum_of_names}|{no_names}", left):
+            return False
+        answer = right
+    ratio = ":" in answer and ":" not in reference
+    if ratio or re.search(r"\\infty\s*\]|\[\s*-\s*\\infty", answer):
+        return False
+    brackets = [re.match(r"(?:\\left)?\s*(\\\{|[(\[])|", text)[1] for text in (answer, reference)]
+    if "\\{" in brackets and brackets[0] != brackets[1] and None not in brackets:
+        return False
+    found, expected = _parse_latex(answer), _parse_latex(reference)
+    if found and expected:
+        same = _same_constant(found[0], expected[0])
+        if same is not None:
+            return same
+        if type(found[0]).__name__ == "FiniteSet" and answer.count(",") != reference.count(","):
+            return False
+    return bool(verify(expected, found, float_rounding=200, numeric_precision=200,
+                       timeout_seconds=None, allow_set_relation_comp=True))
+
+@functools.lru_cache(maxsize=100_000)       # most samples of a problem agree
+def same_expression(answer, reference):
+    """Whether math-verify finds two LaTeX expressions equal within a second of processor time."""
+    import math_verify                          # takes a second: not in the time limit below
+    logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)      # the limit is ours
+    answer, reference = _tidy(answer), _tidy(reference)
+    bases, reference_bases = (re.findall(r"\d_\{?(\d+)", text) for text in (answer, reference))
+    if answer == reference or bases not in ([], reference_bases):       # it reads 52_8 as 52
+        return answer == reference
+    if max(len(answer), len(reference)) > MAX_ANSWER_CHARS:
+        return False
+    (answer, unit), (reference, expected) = _split_unit(answer), _split_unit(reference)
+    if unit and expected and unit != expected:
+        return False
+    try:
+        with time_limit(1):
+            return _same_formula(answer, reference)
+    except (OutOfTime, Exception):              # SymPy raises all kinds of errors
+        return False
+
+def same_choice(answer, reference):
+    """Whether both are the same letter of a multiple choice."""
+    return choice_letter(answer) is not None and choice_letter(answer) == choice_letter(reference)
+
+def same_value(answer, reference):
+    """Whether both are the same number or, if either is no single number, the same expression."""
+    numbers = parse_number(answer), parse_number(reference)
+    return numbers[0] == numbers[1] if None not in numbers else same_expression(answer, reference)
+
+def same_number(answer, reference):
+    """As same_value; words around the number, and an equation before it, do not matter."""
+    numbers = parse_number(answer.rpartition("=")[2], words=True), parse_number(reference)
+    return numbers[0] == numbers[1] if None not in numbers else same_expression(answer, reference)
+
+def is_right(grader, response, reference):
+    """Whether the final answer of a response is right.
+
+    grader: same_value, same_number or same_choice. reference: text, also in GSM8K's form with
+    "#### " before it, or a number. Call it from the main thread: elsewhere there is no time limit.
+    """
+    found = final_answer(response)
+    reference = to_latex(str(reference).rpartition("####")[2].strip())
+    return bool(found) and grader(found, reference)

@@ -1,0 +1,178 @@
+"""Which answer a response commits to, and whether it is right."""
+import re
+import signal
+
+import pytest
+from conftest import rows_of
+from test_sources import sample
+
+from data.benchmarks import grade
+from data.chat import OutOfTime, time_limit
+from data.graders import choice_letter, final_answer, parse_number
+
+
+@pytest.mark.parametrize("task, response, answer, right", [
+    ("tiny", "<think>\n1 + 2 = 3\n</think>\n\nThe answer is 3.", "3", True),
+    ("tiny", "<think>\n1 + 2 = 3\n</think>\n\nThe answer is 4.", "3", False),
+    # the prompt's form, and others that leave no doubt
+    ("gsm8k", "<think>\nx\n</think>\n\nThe final answer is 18.00", "16 - 3 - 4 = 9\n#### 18", True),
+    ("gsm8k", "The final answer is 19", "#### 18", False),
+    ("gsm8k", "So 9 eggs.\nThe final answer is [18].", "18", True),
+    ("gsm8k", "**Answer:** $1,000 a day, or 7 times that a week", "1000", False),
+    ("gsm8k", "**Answer:** $1,000 a day. That is 7,000 a week.", "1000", True),
+    ("gsm8k", "The answer is $9 \\times 2 = 18$ dollars.", "18", True),
+    ("gsm8k", "\\boxed{18\\text{ dollars}}", "18", True),
+    ("gsm8k", "\\boxed{\\frac{36}{2}}", "18", True),
+    ("gsm8k", "\\boxed{\\sqrt{18}}", "18", False),
+    ("gsm8k", "\\boxed{18^2}", "18", False),
+    ("gsm8k", "#### 3. The market\nShe makes **$18** every day.", "18", True),
+    ("gsm8k", "1. She sells 9 eggs.\n18. The eggs bring", "18", False),             # cut off
+    ("gsm8k", "1. She sells 9 eggs.\n2. The eggs bring 18", "18", False),
+    ("gsm8k", "First she eats.\n18", "18", True),
+    ("gsm8k", "She sells 9 eggs for 18 dollars.", "18", False),                     # which of two?
+    ("gsm8k", "The answer is 18, no, 19.", "18", False),
+    ("gsm8k", "The answer is 18. Sorry, the answer is 19.", "18", False),
+    # reasoning is not the answer
+    ("gsm8k", "<think>\nThe answer is \\boxed{18}", "18", False),
+    ("gsm8k", "<think>\nThe answer is 18.\n</think>\n\nThe answer is 17.", "18", False),
+    ("gsm8k", "<think>\na\n</think>\n\n\\boxed{18}\n<think>\nor not", "18", False),
+    ("math500", "So \\boxed{\\frac{1}{2}}", "\\frac{1}{2}", True),
+    ("math500", "So \\boxed{0.5}.", "\\frac{1}{2}", True),
+    ("math500", "", "3", False),
+    ("math500", "It is \\boxed{p - q}", "p - q", True),
+    ("math500", "It is \\boxed{3\\sqrt{13}}", "3\\sqrt{13}", True),
+    ("math500", "It is \\boxed{4}", 4, True),
+    ("math500", "It is \\boxed{4x}", 4, False),
+    ("math500", "The final answer is\n\\[\n\\frac{14}{3}\n\\]\nas a fraction.", "\\frac{14}{3}",
+     True),
+    ("math500", "\\boxed{-2, 1}", "1,-2", True),
+    ("math500", "\\boxed{52_{8}}", "52_8", True),
+    ("math500", "\\boxed{52_9}", "52_8", False),
+    ("math500", "The answer is 0.0000672.", ".0000672", True),
+    ("math500", "\\boxed{0.0000673}", ".0000672", False),                           # to six places
+    ("math500", "\\boxed{\\{1, 2\\}}", "\\{2, 1\\}", True),
+    ("math500", "\\boxed{west}", "\\text{east}", False),
+    # a task of one's own is graded as MATH-500 is
+    ("sums", "\\boxed{\\frac{2}{4}}", "\\frac{1}{2}", True),
+    ("aime24", "\\boxed{025}", "25", True),
+    ("aime24", "\\boxed{m + n = 25}", "025", True),
+    ("aime24", "\\boxed{25.5}", "25", False),
+    ("gpqa", "<think>\nA or B?\n</think>\n\n\\boxed{B}", "B", True),
+    ("gpqa", "\\boxed{\\text{(B)}}", "B", True),
+    ("gpqa", "The correct answer is **B**.", "B", True),
+    ("gpqa", "Answer: B) 10 eV", "B", True),
+    ("gpqa", "\\boxed{AB}", "A", False),
+    ("gpqa", "A catalyst does that. The answer is a catalyst", "A", False),         # the article
+    ("gpqa", "The answer is A CATALYST", "A", False),
+    ("gpqa", "It cannot be A.", "A", False),
+])
+def test_grade(task, response, answer, right):
+    assert grade(task, response, answer) is right
+
+
+@pytest.mark.parametrize("response", [
+    "\\boxed{\\frac{1}{2}", "\\boxed{18", "}" * 1000 + "\\boxed{18", "\\boxed{\\left\\{18\\right.",
+    "9^9^9^9", "\\boxed{9^9^9^9}", "\\boxed{9^{9^{9^9}}}", "The answer is 9**9**9**9",
+    "\\boxed{10000000000!}", "18 " * 333_333, "\\boxed{" + "18" * 500_000 + "}",
+    "\\boxed{" * 140_000, "the answer is " * 70_000, "answer" + " " * 1_000_000,
+    "The answer is " + "$" * 1_000_000, "The answer is $" + "\\frac{18}" * 100_000, "}{" * 500_000,
+    "\n" * 1_000_000, "1," * 500_000, "\\boxed{" + "(" * 190 + "18" + ")" * 190 + "}+\\boxed{",
+    "\0\ud800",
+], ids=lambda response: f"{len(response)}:{response[:20]!r}")
+def test_what_is_no_answer_is_wrong_at_once(response):
+    for task, answer in (("gsm8k", "18"), ("math500", "\\frac{1}{2}"), ("aime24", "18"),
+                         ("gpqa", "B")):
+        assert grade(task, response, answer) is False
+
+
+def test_the_time_limit_ends_what_catches_exceptions():
+    before = signal.getsignal(signal.SIGVTALRM)
+
+    def stubborn():
+        while True:
+            try:
+                while True:
+                    pass
+            except Exception:
+                pass
+    with pytest.raises(OutOfTime), time_limit(0.02):
+        stubborn()
+    assert signal.getsignal(signal.SIGVTALRM) is before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_final_answer():
+    assert final_answer("<think>\n\\boxed{1}\n</think>\n\nFirst \\boxed{2}, then "
+                        "\\boxed{\\frac{3}{4}}.") == "\\frac{3}{4}"
+    assert final_answer("The answer is 1. The answer is: **2**.\nBye.") == "2"
+    assert final_answer("The answer is $x = 3$, I think.") == "x = 3"
+
+
+def test_parse_number():
+    for text, value in (("18", 18), ("-1,000.50", -1000.5), ("10,\\!080", 10080),
+                        ("\\$32,\\!348", 32348), ("1{,}000", 1000), (".5", 0.5)):
+        assert parse_number(text) == value
+    for text in ("1,2", "18 dollars", "5x", "1/2", "52_8", "90^\\circ", "", "\\pi"):
+        assert parse_number(text) is None
+    assert parse_number("about 18 dollars", words=True) == 18
+    assert parse_number("18 + 2", words=True) is None
+
+
+def test_choice_letter():
+    for text in ("B", "(B)", "**B**", "\\text{B}", "B) 5 eV", "$B$"):
+        assert choice_letter(text) == "B"
+    for text in ("", "b", "AB", "E", "A catalyst"):
+        assert choice_letter(text) is None
+
+
+def reformatted(answer):
+    """The same value written in another way, where there is a simple one."""
+    whole = re.fullmatch(r"-?\d+", answer)
+    fraction = re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", answer)
+    if whole:
+        return f"{int(answer):,}" if abs(int(answer)) >= 1000 else f"{answer}.00"
+    if fraction:
+        sign, a, b = fraction.groups()
+        if int(a) * 1000 % int(b) == 0:
+            return f"{sign}{int(a) / int(b)}"
+        return f"\\dfrac{{{sign}{2 * int(a)}}}{{{2 * int(b)}}}"
+    for old, new in (("\\frac", "\\tfrac"), ("\\left(", "("), ("\\right)", ")"),
+                     ("^\\circ", "^{\\circ}"), ("\\!", ""), ("\\text", "\\mathrm"),
+                     (", ", ","), (" + ", "+")):
+        answer = answer.replace(old, new)
+    return answer
+
+
+def wrong(answer):
+    """The answer with its last number one too large; another number where it has none."""
+    head, digits, tail = re.fullmatch(r"(.*?)(\d*)(\D*)", answer, re.S).groups()
+    return f"{head}{int(digits) + 1}{tail}" if digits else "7919"
+
+
+@pytest.mark.parametrize("task, name, reference, solution", [
+    ("math500", "math500_first250.jsonl", lambda row: row["answer"], lambda row: row["solution"]),
+    ("gsm8k", "gsm8k_first300.jsonl",
+     lambda row: row["answer"].rpartition("####")[2].strip().replace(",", ""),
+     lambda row: row["answer"]),
+])
+def test_references_given_back(task, name, reference, solution):
+    """In three forms, right and with a wrong number; and the reference solution itself."""
+    rows = rows_of(sample(name))
+    answers = [reference(row) for row in rows]
+    forms = (
+        lambda a: a,
+        lambda a: f"Adding both sides up we see that it is $\\boxed{{{a}}}$, as was to be shown.",
+        lambda a: "<think>\nPerhaps 5?\n</think>\n\n"
+                  f"Therefore the final answer is ${reformatted(a)}$.")
+    for form in forms:
+        missed, taken = [], []
+        for answer, row in zip(answers, rows):
+            if not grade(task, form(answer), row["answer"]):
+                missed.append(answer)
+            if grade(task, form(wrong(answer)), row["answer"]):
+                taken.append(answer)
+        assert len(missed) <= 0.01 * len(rows), missed
+        assert not taken
+    assert sum(reformatted(a) != a for a in answers) > 0.7 * len(rows)
+    right = sum(grade(task, solution(row), row["answer"]) for row in rows)
+    assert right >= 0.99 * len(rows)
