@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.chat import OutOfTime, time_limit
-from data.sources import (
-    SETS, Unavailable, find_label, find_prompt, has_value, label_counts, load_rows, prompt_rows)
+from data.columns import find_label, find_prompt, has_value
 from data.rows import content_id
+from data.sources import SETS, Unavailable, label_counts, load_rows, prompt_rows
 from thinksafe import ROOT, TINY, InputError, escape_control_chars, is_tiny
 from tiny import world
 
@@ -371,7 +371,7 @@ def read_evaluation(words, full, limit):
             continue
         for number, row in enumerate(found, 1):
             kind = str(row.get("set"))
-            solvable = kind == "reasoning" and {"task", "answer"} <= row.keys()
+            solvable = kind == "reasoning" and has_value(row, "task") and has_value(row, "answer")
             if not (kind.startswith("harm_") or kind == "over_refusal" or solvable):
                 raise InputError(f"{word}, row {number}: needs `set` (harm_..., over_refusal or "
                                  "reasoning), and for reasoning `task` and `answer`")

@@ -115,9 +115,9 @@ def test_every_format_gives_the_same_rows(tmp_path, name, content):
 
 def test_csv_is_text(tmp_path):
     """No number, date, truth value or missing value is made of what is written there."""
-    path = write(tmp_path / "x.csv", "a,a,b,\n1,007,NA,1e5\n\n2,True,2020-01-01,\n")
-    assert read_file(path) == [{"a": "007", "b": "NA", "": "1e5"},
-                               {"a": "True", "b": "2020-01-01", "": ""}]
+    path = write(tmp_path / "x.csv", "z,a,b,\n1,007,NA,1e5\n\n2,True,2020-01-01,\n")
+    assert read_file(path) == [{"z": "1", "a": "007", "b": "NA", "": "1e5"},
+                               {"z": "2", "a": "True", "b": "2020-01-01", "": ""}]
 
 
 def test_a_field_of_megabytes(tmp_path):
