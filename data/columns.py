@@ -29,7 +29,7 @@ PART_OF_PROMPT = re.compile(
     "|doc|story|background|knowledge|support|premise|hypothesis|table|schema|demonstration|few_?shot"
     "|system|system_?prompt|system_?message|system_?instruction|developer(_?(prompt|message))?"
     "|(chat_?|conversation_?|dialog(ue)?_?)?history|dialog(ue)?|parent_?id"
-    "|(options?|choices?|endings?)(_?[a-e1-5])?|op[a-e]|[a-e]|(adv(ersarial)?_?)?(prefix|suffix)"
+    "|(options?|choices?|endings?)(_?[a-e1-5])?|op[a-e]|(adv(ersarial)?_?)?(prefix|suffix)"
     "|(image|picture|audio|video|attachment)s?(_?(path|url|file))?|tool|function)s?")
 PART_OF_TURN = re.compile("reasoning(_content)?|thinking|tool_calls?|(image|audio|video|file)s?")
 ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
@@ -49,9 +49,8 @@ LATER_STAGE_KEYS = {
     "oracle"}                                                     # verdicts.jsonl, extras/theory.py
 STAGE_KEYS = TRACE_STAGE_KEYS | LATER_STAGE_KEYS
 # the last two say where the key sentence of SafeKey's rows is
-TRAINED_ON = (*PROMPT_KEYS, "response", "response_label", "keep", "reason", "finish_reason",
-              "summary_end_idx", "next_sentence_end_idx")
 KEPT_KEYS = ("id", "source", "summary_end_idx", "next_sentence_end_idx")
+VERDICT_KEYS = ("response_label", "keep", "reason", "finish_reason")     # that training goes by
 DIRECT_REFUSAL = "<think>\nI should not answer this question!\n</think>\n\n"
 
 def has_value(row, column):
@@ -92,58 +91,72 @@ def read_chat(turns, column, where):
     for turn in turns:
         if not isinstance(turn, dict):               # SORRY-Bench has a list of texts
             turn = {"role": "user", "content": turn}
-        role = str(turn.get("role", turn.get("from")))
-        roles.append(ROLES.get(role.lower(), role))
-        more = [key for key in turn if PART_OF_TURN.fullmatch(key) and has_value(turn, key)]
-        text = turn.get("content", turn.get("value"))
-        texts.append({"text": text, **{key: turn[key] for key in more}} if more else text)
+        role, text = (turn.get(key, turn.get(sharegpt)) for key, sharegpt in (
+            ("role", "from"), ("content", "value")))
+        more = {key: turn[key] for key in turn
+                if PART_OF_TURN.fullmatch(key) and has_value(turn, key)}
+        if more or has_value({"text": text}, "text"):        # else nothing is lost with it
+            roles.append(ROLES.get(str(role).lower(), str(role)))
+            texts.append({"text": text, **more} if more else text)
     if roles not in (["user"], ["user", "assistant"]) or not isinstance(texts[0], str):
-        found = ", ".join(roles[:6]) + ", ..." * (len(roles) > 6)
-        raise InputError(f"{where}: {column} is a chat of {found}; only one text of the user, with "
-                         "at most one answer, is a prompt here; name another column with "
-                         "--prompt-column, or leave such rows out")
+        found = (", ".join(roles[:6]) or "no turn") + ", ..." * (len(roles) > 6)
+        raise InputError(f"{where}: {column} is a chat of {found}, and begins {texts[:1]!r:.80}; "
+                         "only one text of the user, with at most one answer, is a prompt here; "
+                         "name another column with --prompt-column, or leave such rows out")
     return texts[0], texts[1] if len(texts) > 1 else None
 
 def read_column(row, column, where, is_named=False):
     """Return (prompt, answer or None) that a column has, (None, None) if it has no text.
 
     is_named: by --prompt-column. Otherwise text where a list of turns is expected is refused."""
-    value = row.get(column)
-    if isinstance(value, list) and value and (
-            column in CHAT_COLUMNS or isinstance(value[0], dict)):
+    value, is_chat = row.get(column), column in CHAT_COLUMNS
+    if isinstance(value, list) and value and (is_chat or isinstance(value[0], dict)):
         return read_chat(value, column, where)
-    if not isinstance(value, str) or not value.strip():
-        return None, None
-    if column in CHAT_COLUMNS and not is_named:
-        raise InputError(f"{where}: {column} is text, not a list of turns; name the prompt's "
-                         "column with --prompt-column")
-    return value, None
+    if is_chat and has_value(row, column) and isinstance(value, str | dict) and not is_named:
+        raise InputError(f"{where}: {column} is no list of turns, it is {value!r:.80}; name the "
+                         "prompt's column with --prompt-column")
+    return (value if isinstance(value, str) and value.strip() else None), None
 
 def prompt_texts(row, where):
     """Return {column: prompt} of the columns for prompts that have text."""
     found = {column: read_column(row, column, where)[0]
-             for column in (*PROMPT_COLUMNS, *CHAT_COLUMNS) if column in row}
+             for column in PROMPT_COLUMNS + CHAT_COLUMNS if column in row}
     return {column: text for column, text in found.items() if text}
 
+def text_beside(row, column):
+    """Return what a column has as text, "" if it has nothing or a truth value."""
+    value = row.get(column)
+    return str(value).strip() if has_value(row, column) and not isinstance(value, bool) else ""
+
 def parts_beside(row, prompt):
-    """Return the names of columns with text, lists or objects that belong to a prompt (see
-    PART_OF_PROMPT) and are not in it. `text` is often the whole example: then it has the prompt."""
-    return [column for column, value in row.items()
-            if PART_OF_PROMPT.fullmatch(plain_name(column)) and has_value(row, column)
-            and isinstance(value, str | list | dict)
-            and not (isinstance(value, str) and value.strip() in prompt)
-            and not (plain_name(column) == "text" and prompt in value)]
+    """Return the names of columns that belong to a prompt (PART_OF_PROMPT, or the options A, B, C)
+    and are not in it. A column `text` often is the whole example: then it has the prompt."""
+    names = {column: plain_name(column) for column in row}
+    options = "abcde" if {"a", "b"} <= set(names.values()) else ()
+    parts = {column: text_beside(row, column) for column, name in names.items()
+             if PART_OF_PROMPT.fullmatch(name) or name in options}
+    return [column for column, text in parts.items()
+            if text not in prompt and not (names[column] == "text" and prompt in text)]
+
+def check_rivals(row, column, texts, where):
+    """Raise InputError if beside a column's prompt there is another one, or what may be one."""
+    for other in row.keys() & {*PROMPT_COLUMNS, *CHAT_COLUMNS}:
+        differs = other in texts and texts[other].strip() != texts[column].strip()
+        unread = other not in texts and isinstance(row[other], list | dict)
+        if (differs or unread and has_value(row, other)) and NO_RIVAL.get(column) != other:
+            raise InputError(f"{where}: {column} and {other} are not the same; say with "
+                             "--prompt-column which is the prompt, or delete one of them")
 
 def find_prompt(row, where, column=None):
-    """Return the row's prompt. The rule: text that belongs to the prompt (PROMPT_COLUMNS,
-    CHAT_COLUMNS, PART_OF_PROMPT) is joined as its set joins it, or refused by name unless --prompt-
-    column names what alone is the prompt; any other column is about the prompt, and not read.
+    """Return the row's prompt.
+
+    The rule: text that belongs to the prompt (PROMPT_COLUMNS, CHAT_COLUMNS, PART_OF_PROMPT) is
+    joined as its set joins it (JOINED), or refused by name unless --prompt-column says what alone
+    is the prompt; any other column is about the prompt, and is not read.
 
     column: that of --prompt-column. Raises InputError."""
     if column:
         texts = {column: read_column(row, column, where, is_named=True)[0]}
-        if texts[column]:
-            return texts[column]
     else:
         texts = prompt_texts(row, where)
     if not any(texts.values()):
@@ -151,19 +164,18 @@ def find_prompt(row, where, column=None):
         held = "".join(f"; {name} is {row[name]!r:.80}" for name in columns if has_value(row, name))
         raise InputError(f"{where}: no text under {', '.join(map(repr, columns))}; found the keys "
                          f"{', '.join(row)}{held}; name the prompt's with --prompt-column")
-    column, prompt = next(iter(texts.items()))
-    for other, text in texts.items():
-        if text.strip() != prompt.strip() and NO_RIVAL.get(column) != other:
-            raise InputError(f"{where}: {column} and {other} are different texts; say with "
-                             f"--prompt-column which is the prompt, or delete one")
-    part, form = JOINED.get(column, (None, None))
-    if part and isinstance(row.get(part), str) and row[part].strip():
-        prompt = form.replace("{prompt}", prompt, 1).replace("{part}", row[part], 1)
+    first, prompt = next(iter(texts.items()))
+    if column:
+        return prompt
+    check_rivals(row, first, texts, where)
+    part, form = JOINED.get(first, ("", ""))
+    if part and text_beside(row, part) and not isinstance(row[part], list | dict):
+        prompt = form.format(prompt=prompt, part=row[part])
     lost = parts_beside(row, prompt)
     if lost:
-        raise InputError(f"{where}: {', '.join(lost)} beside {column} may be a part of the prompt; "
-                         f"join them in the file, delete what is none, or say --prompt-column "
-                         f"{column} to take that alone")
+        raise InputError(f"{where}: {', '.join(lost)} beside {first} may be a part of the prompt; "
+                         "join them in the file, delete what is none, or say --prompt-column "
+                         f"{first} to take that alone")
     return prompt
 
 def label_of_word(word):
@@ -187,9 +199,10 @@ def find_label(row, label, where):
     return label
 
 def foreign_label_columns(rows):
-    """Return the label columns that are about something else. The rule: a column one of whose words
-    is ours (LABEL_WORDS) outranks --label, and all its words must be; --label outranks a column
-    without such a word. A column prompt_label is always ours."""
+    """Return the label columns that are about something else.
+
+    The rule: a column outranks --label if one of its words is ours (LABEL_WORDS), and then all must
+    be; --label outranks a column without such a word. A column prompt_label is always ours."""
     return [column for column in LABEL_COLUMNS[1:]
             if any(has_value(row, column) for row in rows)
             and not any(label_of_word(row.get(column)) for row in rows)]
@@ -200,7 +213,7 @@ def find_response(row, where, column=None):
     response = row.get("response", row.get("completion"))
     if response is None:
         answers = [read_column(row, name, where, bool(column))[1] for name in (
-            [column] if column else (*PROMPT_COLUMNS, *CHAT_COLUMNS))]
+            [column] if column else PROMPT_COLUMNS + CHAT_COLUMNS)]
         response = next(filter(None, answers), None)
     elif isinstance(response, list) and len(response) == 1 and isinstance(response[0], dict):
         response = response[0].get("content")        # TRL's conversational form
@@ -232,6 +245,9 @@ def normalize_row(row, label, where, column=None):
     A row that has these keys keeps all others too, any other row KEPT_KEYS and what a guard said.
     Raises InputError that says what is missing."""
     response = find_response(row, where, column)
+    unsafe = str(row.get("is_safe")).lower() in ("false", "0")         # BeaverTails
+    if unsafe or row.get("response_harm_label") == "harmful":          # WildGuardMix
+        row = {"response_label": "unsafe", **row}
     if "refusal" in row and not column and not prompt_texts(row, where):
         text = str(row["refusal"])               # DirectRefusal
         parts = re.fullmatch(r"\s*Question:\s*(.*?)\s+Answer:\s*(.*?)\s*", text, re.DOTALL)
@@ -241,10 +257,8 @@ def normalize_row(row, label, where, column=None):
         response = DIRECT_REFUSAL + parts[2]
     prompt = find_prompt(row, where, column)
     if not {"instruction", "prompt_label"} <= row.keys():
-        kept = {key: row[key] for key in (*KEPT_KEYS, *sorted(TRACE_STAGE_KEYS)) if key in row}
-        unsafe = str(row.get("is_safe")).lower() in ("false", "0")     # BeaverTails
-        if unsafe or row.get("response_harm_label") == "harmful":      # WildGuardMix
-            kept = {"response_label": "unsafe", **kept}
+        kept = {key: row[key] for key in KEPT_KEYS if key in row}
+        kept |= {key: row[key] for key in VERDICT_KEYS if has_value(row, key)}
         row = {"instruction": prompt, "prompt_label": find_label(row, label, where), **kept}
     else:                    # a later stage reads this row: it must not join or refuse what is done
         gone = {part for part, _ in JOINED.values()}

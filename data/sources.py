@@ -28,7 +28,7 @@ from collections import Counter
 from pathlib import Path
 
 from data.columns import (
-    CHAT_COLUMNS, LATER_STAGE_KEYS, PROMPT_COLUMNS, STAGE_KEYS, TRACE_STAGE_KEYS, TRAINED_ON,
+    CHAT_COLUMNS, LATER_STAGE_KEYS, PROMPT_COLUMNS, STAGE_KEYS, TRACE_STAGE_KEYS, VERDICT_KEYS,
     foreign_label_columns, has_value, name_columns, normalize_row, parts_beside, plain_name)
 from data.rows import atomic_path, content_id, parse_json, parse_row, read_rows
 from thinksafe import LABELS, InputError, escape_control_chars
@@ -283,14 +283,14 @@ def normalized_rows(source, label, column=None):
     rows = load_rows(source)
     foreign = foreign_label_columns(rows) if label else []
     if foreign:
-        report(source, f"{', '.join(foreign)} has no label of prompts; all are {label}")
+        report(source, f"not read, as no word there is a label of prompts: {', '.join(foreign)}")
     for i, row in enumerate(rows, 1):
         where = f"{source}, row {i}"
         named = column and next((c for c in row if plain_name(c) == plain_name(column)), column)
         known = {key: value for key, value in row.items() if key not in foreign}
         found.append((where, normalize_row(known, label, where, named), row))
         if named:
-            beside = [c for c in (*PROMPT_COLUMNS, *CHAT_COLUMNS) if has_value(row, c)]
+            beside = [c for c in PROMPT_COLUMNS + CHAT_COLUMNS if has_value(row, c)]
             beside += parts_beside(row, found[-1][1]["instruction"])
             alone |= dict.fromkeys(c for c in beside if c != named)
     if alone:
@@ -298,7 +298,10 @@ def normalized_rows(source, label, column=None):
     return found
 
 def without_stage_keys(found, keys, source):
-    """Drop the keys of stages from rows [(where, row, row of the source), ...], and say which."""
+    """Drop keys from rows [(where, row, row of the source), ...].
+
+    The rule: a column with the name of something that a stage writes (STAGE_KEYS) is dropped where
+    rows enter, and a line says so; only training_rows reads what sample.py and guard.py wrote."""
     dropped = dict.fromkeys(key for _, row, of_source in found for key in row
                             if key in keys and key in of_source)
     if dropped:
@@ -326,9 +329,9 @@ def prompt_rows(source, label=None, column=None):
         if any(first[key] != row[key] for key in ("prompt_label", "instruction")):
             raise InputError(f"{where}: id {row['id']!r} is used by another prompt before it; "
                              "ids must be unique")
-        if any(first.get(key) != row.get(key) for key in ("set", "task", "answer")):
+        if "set" in row and any(first.get(k) != row.get(k) for k in ("set", "task", "answer")):
             raise InputError(f"{where}: the prompt is there before, with another set, task or "
-                             "answer; delete one")
+                             "answer; delete one of them")
         if first is not row:
             repeats.append((first_of_source, of_source))
     report_dropped(source, "prompts", repeats, TRACE_STAGE_KEYS)
@@ -338,12 +341,16 @@ def training_rows(source, label=None, column=None):
     """Return rows for train.py: id, instruction, prompt_label and response; a trace has more keys.
 
     label: the label of prompts that have none of their own. column: what alone is the prompt.
-    A trace is repeated if all but its id is equal, or all with it if it has a sample number k.
+    A row is repeated if all that is read of it is equal, a trace only if its id and k are too.
     Repeated rows are dropped with a notice. Raises InputError, also for two traces of one id and k.
     """
     rows, repeats = {}, []
+    also_read = ("prompt_label", *VERDICT_KEYS, "summary_end_idx", "next_sentence_end_idx")
     found = normalized_rows(source, label, column)
     for where, row, of_source in without_stage_keys(found, LATER_STAGE_KEYS, source):
+        both = [of_source[key] for key in ("response", "completion") if has_value(of_source, key)]
+        if len(both) == 2 and both[0] != both[1]:
+            raise InputError(f"{where}: response and completion differ; delete one of them")
         if not isinstance(row.get("response"), str):
             raise InputError(f"{where}: no text under 'response', it is "
                              f"{row.get('response')!r:.80}; found the keys {', '.join(of_source)}")
@@ -351,11 +358,11 @@ def training_rows(source, label=None, column=None):
             raise InputError(f"{where}: a trace that no guard has judged; run guard.py first")
         if type(row.get("k", 0)) is not int:
             raise InputError(f"{where}: k is {row['k']!r}, not a whole number")
-        read = {key: row.get(key) for key in TRAINED_ON}
+        read = row["instruction"], row["response"], str([row.get(key) for key in also_read])
         default_id = content_id(row["prompt_label"], row["instruction"], row["response"])
         row["id"] = row.get("id", default_id)
         # the same words drawn twice count twice
-        key = (row["id"], row["k"]) if "k" in row else json.dumps(read)
+        key = (row["id"], row["k"]) if "k" in row else read
         first, first_of_source, first_read = rows.setdefault(key, (row, of_source, read))
         if first_read != read:
             raise InputError(f"{where}: id {row['id']!r} and k {row['k']} are those of another "
@@ -374,7 +381,7 @@ def report_dropped(source, what, repeats, expected=()):
     repeats: [(row that stays, dropped row), ...] of the source. expected: columns not to name."""
     differ = {}
     for first, row in repeats:
-        differ |= dict.fromkeys(key for key in row if row[key] != first.get(key))
+        differ |= dict.fromkeys(key for key in {**first, **row} if row.get(key) != first.get(key))
     names = [key for key in differ if key not in ("id", *expected)]
     if repeats:
         also = f"; they differ in {', '.join(names)}" if names else ""
