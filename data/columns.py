@@ -34,6 +34,8 @@ PART_OF_PROMPT = re.compile(
 PART_OF_TURN = re.compile("reasoning(_content)?|thinking|tool_calls?|(image|audio|video|file)s?")
 ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
          "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+# what saving a list of turns, or bytes, as CSV makes of them
+SPOILT = re.compile(r"""\s*(\[\s*{\s*['"](role|from|content|value)['"]:.*|b(['"]).*\3\s*)""", re.S)
 LABEL_COLUMNS = ("prompt_label", "safechain_label", "data_type", "label")
 LABEL_WORDS = {label: label for label in LABELS} | {
     "safe": "vanilla_benign", "unsafe": "vanilla_harmful",              # XSTest
@@ -108,14 +110,17 @@ def read_chat(turns, column, where):
 def read_column(row, column, where, is_named=False):
     """Return (prompt, answer or None) that a column has, (None, None) if it has no text.
 
-    is_named: by --prompt-column. Otherwise text where a list of turns is expected is refused."""
+    is_named: by --prompt-column. Otherwise text is refused where a list of turns is expected, or
+    where it was one, or bytes, before it was saved."""
     value, is_chat = row.get(column), column in CHAT_COLUMNS
     if isinstance(value, list) and value and (is_chat or isinstance(value[0], dict)):
         return read_chat(value, column, where)
-    if is_chat and has_value(row, column) and isinstance(value, str | dict) and not is_named:
-        raise InputError(f"{where}: {column} is no list of turns, it is {value!r:.80}; name the "
-                         "prompt's column with --prompt-column")
-    return (value if isinstance(value, str) and value.strip() else None), None
+    is_text = isinstance(value, str) and has_value(row, column)
+    if not is_named and (is_chat and (is_text or isinstance(value, dict))
+                         or is_text and SPOILT.fullmatch(value)):
+        raise InputError(f"{where}: {column} is no {'list of turns' if is_chat else 'plain text'}, "
+                         f"it is {value!r:.80}; name the prompt's column with --prompt-column")
+    return (value if is_text else None), None
 
 def prompt_texts(row, where):
     """Return {column: prompt} of the columns for prompts that have text."""

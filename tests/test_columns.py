@@ -144,6 +144,9 @@ def test_a_column_is_known_in_any_spelling(prompts, spelling):
     ({"messages": []}, "no text under"),
     ({"messages": "[{'role': 'user', 'content': 'x'}]"}, "messages is no list of turns"),
     ({"conversations": {"from": ["human"], "value": ["x"]}}, "conversations is no list of turns"),
+    ({"prompt": "[{'content': 'x', 'role': 'user'}]"}, "prompt is no plain text"),           # as pandas saves a list, and bytes, into CSV
+    ({"prompt": '[ {"role": "user", "content": "x"} ]'}, "prompt is no plain text"),
+    ({"prompt": "b'How do I bake?'"}, "prompt is no plain text"),
     ({"chosen": [user("x"), assistant("a")], "rejected": [user("x"), assistant("b")]}, "found the keys chosen, rejected"),       # TRL, hh-rlhf
     ({"prompt": {"text": "x", "toxicity": 0.1}, "continuation": {}}, "prompt is {'text': 'x'"),                                  # RealToxicityPrompts
     ({"message_id": "1", "parent_id": None, "text": "x", "role": "prompter"}, "found the keys message_id, parent_id, text"),     # OASST
@@ -183,6 +186,7 @@ def test_prompt_column_names_what_alone_is_the_prompt(prompts, tmp_path, capsys)
     assert prompts([{"ask": [user("x")], "prompt": "y"}], "ask") == ["x"]
     assert prompts([{"instruction": "Translate.", "input": "i"}], "instruction") == ["Translate."]
     assert prompts([{"text": "x", "label": "safe"}], "text") == ["x"]
+    assert prompts([{"prompt": "b'x'"}], "prompt") == ["b'x'"]
     with pytest.raises(InputError, match="row 2: no text under 'ask'; found the keys prompt"):
         prompts([{"ask": "x"}, {"prompt": "y"}], "ask")
 
