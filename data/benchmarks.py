@@ -170,7 +170,8 @@ def gsm8k_problem(row, where):
     return problem, answer.rpartition("####")[2].strip()
 
 def aime24_problem(row, where):
-    is_2024 = "2024" in str(row.get("url") or "2024")       # the source has three years
+    year = row.get("url") or row.get("Year") or "2024"      # the source has three years
+    is_2024 = "2024" in str(year)
     return math_problem(row, where) if is_2024 else None
 
 def gpqa_problem(row, where):

@@ -308,6 +308,9 @@ def test_benchmarks_read_their_columns_in_any_spelling(tmp_path):
     row = {"ID": "2024-I-1", "Problem": "Find m.", "Solution": "s", "Answer": 33}                                           # Maxwell-Jia/AIME_2024
     found, = evaluation_rows([f"aime24={write(tmp_path / 'x.jsonl', [row])}"])
     assert found["answer"] == "33" and found["instruction"].endswith("Find m.")
+    years = [{"ID": f"{year}-1", "Year": year, "Question": f"Find {year}.", "Answer": 33} for year in (1983, 2024)]       # all AIMEs in one file
+    found, = evaluation_rows([f"aime24={write(tmp_path / 'x.jsonl', years)}"])
+    assert found["instruction"].endswith("Find 2024.")
     with pytest.raises(InputError, match="row 1: options beside question"):
         evaluation_rows([f"gsm8k={write(tmp_path / 'x.jsonl', [{'question': 'q', 'options': ['1'], 'answer': '#### 1'}])}"])
     assert find_prompt({"question": "q", "answer": "#### 1"}, "") == "q"
