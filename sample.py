@@ -21,14 +21,15 @@ from typing import NamedTuple
 import torch
 
 from data.chat import decode_response, decode_text, encode_prompt, template_hash
+from data.columns import add_column_flags
 from data.generation import sampling_defaults
 from data.rows import TRACE_KEYS, RowWriter, content_id
 from data.run_record import Stage
 from data.sources import VERSIONS, label_counts, prompt_rows
 from thinksafe import (
-    LABELS, REFUSAL_INSTRUCTIONS, TINY, InputError, add_refusal_instruction, choose_dtype, cli,
-     is_harmful, is_tiny, load_model, make_parser, pack_ids, packed_attention,
-    positive, progress, seed_value, split_packs, trace_key)
+    REFUSAL_INSTRUCTIONS, TINY, InputError, add_refusal_instruction, choose_dtype, cli, is_harmful,
+    is_tiny, load_model, make_parser, pack_ids, packed_attention, positive, progress, seed_value,
+    split_packs, trace_key)
 
 from kv_cache import ContiguousKVCache, PagedKVCache
 from sample_tokens import NOT_FINITE, NOT_FOUND, sample_tokens, uniforms
@@ -412,7 +413,7 @@ def parse_args():
     g.add_argument("--prompts", help="a set of data/sources.py, such as safechain; a .jsonl .json "
                    ".csv .tsv .parquet file or URL; or owner/name[:config[:split]][@revision] on "
                    "the hub (default: the tiny world's)")
-    g.add_argument("--label", choices=LABELS, help="of prompts that have no label of their own")
+    add_column_flags(g)
     g.add_argument("--steer", choices=REFUSAL_INSTRUCTIONS, default="default",
                    help="wording of the refusal instruction on harmful prompts")
     g.add_argument("--n", type=positive, default=1, help="traces per prompt")
@@ -427,7 +428,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    prompts = prompt_rows(args.prompts or TINY / "prompts.jsonl", args.label)[:args.limit]
+    source = args.prompts or TINY / "prompts.jsonl"
+    prompts = prompt_rows(source, args.label, args.prompt_column)[:args.limit]
     model, tokenizer = load_model(args.model, args.device, choose_dtype(args), args.quantize)
     options = sampling_options(args, model)
     stage = Stage("sample", args, "samples.jsonl", {

@@ -29,14 +29,15 @@ import torch.distributed as dist
 
 from data.benchmarks import describe_rows
 from data.chat import encode_training_pair, normalize_think_tags, rejection_reason, template_hash
+from data.columns import add_column_flags
 from data.rows import RowWriter, atomic_path, content_id, write_rows
 from data.run_record import Stage, check_fingerprint, read_run, stage_seed
 from data.sources import VERSIONS, draw_examples, read_training_rows, training_rows
 from thinksafe import (
-    LABELS, InputError, add_lora, bounded, choose_dtype, cli, escape_control_chars,
-    free_memory, has_refusal_instruction, is_harmful, is_tiny, load_lora, load_model,
-    lora_disabled, lora_layers, lora_tensors, make_parser, merge_lora, pack_ids, positive,
-    progress, save_lora, save_model, seed_value, split_packs, training_pair)
+    InputError, add_lora, bounded, choose_dtype, cli, escape_control_chars, free_memory,
+    has_refusal_instruction, is_harmful, is_tiny, load_lora, load_model, lora_disabled, lora_layers,
+    lora_tensors, make_parser, merge_lora, pack_ids, positive, progress, save_lora, save_model,
+    seed_value, split_packs, training_pair)
 
 from linear_ce_kl import linear_ce_kl
 
@@ -363,9 +364,7 @@ def add_row_flags(p):
     g = p.add_argument_group("rows and method")
     g.add_argument("--data", help="rows: a set of data/sources.py, such as star1; or a file, URL "
                    "or hub name as for sample.py --prompts (default: OUT/guarded.jsonl)")
-    g.add_argument("--label", choices=LABELS, metavar="LABEL", help="of prompts that have no label "
-                   f"of their own: {', '.join(LABELS)}")
-    return g
+    return add_column_flags(g)
 
 def load_student(args, run, defaults=None):
     """Load the student, with LoRA on it unless --full -> (model, tokenizer, config). config: the
@@ -395,7 +394,7 @@ def load_examples(args, encode, read=training_rows):
     """Read rows, load the student, encode rows -> (model, tokenizer, config, examples, skipped).
     encode: f(rows, tokenizer, max_length), such as `encode_rows`. read: see read_training_rows."""
     run = read_run(args.out)
-    rows = read_training_rows(args.data, args.label, args.out, run.get("guard", {}), read)
+    rows = read_training_rows(args, run.get("guard", {}), read)
     model, tokenizer, config = load_student(args, run)
     print(escape_control_chars(describe_rows(rows, model.folder)))
     max_length = min(config["max_length"], model.config.max_position_embeddings)

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from data.columns import find_label, find_prompt, has_value
 from data.graders import is_right, same_choice, same_number, same_value
-from data.sources import (
-    SETS, Unavailable, find_label, find_prompt, has_value, label_counts, load_rows, prompt_rows)
 from data.rows import content_id
+from data.sources import SETS, Unavailable, label_counts, load_rows, prompt_rows
 from thinksafe import ROOT, TINY, InputError, escape_control_chars, is_tiny
 from tiny import world
 
@@ -61,7 +61,8 @@ def gsm8k_problem(row, where):
     return problem, answer.rpartition("####")[2].strip()
 
 def aime24_problem(row, where):
-    is_2024 = "2024" in str(row.get("url") or "2024")       # the source has three years
+    year = row.get("url") or row.get("Year") or "2024"      # the source has three years
+    is_2024 = "2024" in str(year)
     return math_problem(row, where) if is_2024 else None
 
 def gpqa_problem(row, where):
@@ -262,7 +263,7 @@ def read_evaluation(words, full, limit):
             continue
         for number, row in enumerate(found, 1):
             kind = str(row.get("set"))
-            solvable = kind == "reasoning" and {"task", "answer"} <= row.keys()
+            solvable = kind == "reasoning" and has_value(row, "task") and has_value(row, "answer")
             if not (kind.startswith("harm_") or kind == "over_refusal" or solvable):
                 raise InputError(f"{word}, row {number}: needs `set` (harm_..., over_refusal or "
                                  "reasoning), and for reasoning `task` and `answer`")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 from thinksafe import LABELS, InputError, escape_control_chars
@@ -21,12 +22,24 @@ def content_id(*parts):
     """Return 16 hex digits that depend on the text alone, whatever the order of the rows."""
     return hashlib.blake2b("\0".join(parts).encode("utf-8"), digest_size=8).hexdigest()
 
+def unique_keys(pairs):
+    """Make an object of JSON. Raises ValueError for a key that stands in it twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"the key {key!r} is there twice")
+    return found
+
+def parse_json(text, **options):
+    """Parse JSON, as json.loads does; raises ValueError also for a key that is there twice."""
+    return json.loads(text, object_pairs_hook=unique_keys, **options)
+
 def parse_row(line, where):
     """Parse one line of JSON (bytes) -> dict. Raises InputError that names `where`."""
     def reject(constant):
         raise ValueError(f"{constant} is not JSON")
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=reject)
+        row = parse_json(line.decode("utf-8"), parse_constant=reject)
         json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")     # can be written
     except (ValueError, RecursionError) as e:
         raise InputError(f"{where}: not a line of JSON in UTF-8 ({e}); mend or delete that line")

@@ -10,9 +10,10 @@ A source is one of:
     a .jsonl .json .csv .tsv .parquet file, or the URL of one
     owner/name[:config[:split]][@revision], a data set of the hub
     the folder of a run, of which guarded.jsonl is read
-Columns are recognized by name. VERSIONS records which version of each source this process has read.
-Data is read; code that comes with a data set is never run.
+Columns are recognized by name, see data/columns.py. VERSIONS records which version of each source
+this process has read. Data is read; code that comes with a data set is never run.
 """
+import codecs
 import csv
 import hashlib
 import http.client
@@ -26,7 +27,10 @@ import urllib.request
 from collections import Counter
 from pathlib import Path
 
-from data.rows import PROMPT_KEYS, atomic_path, check_row, content_id, parse_row, read_rows
+from data.columns import (
+    CHAT_COLUMNS, LATER_STAGE_KEYS, PROMPT_COLUMNS, STAGE_KEYS, TRACE_STAGE_KEYS, VERDICT_KEYS,
+    foreign_label_columns, has_value, name_columns, normalize_row, parts_beside, plain_name)
+from data.rows import atomic_path, content_id, parse_json, parse_row, read_rows
 from thinksafe import LABELS, InputError, escape_control_chars
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -71,14 +75,28 @@ class Unavailable(InputError):
 # ---------------------------------------------------------------------------------------------
 # Files
 
-def read_csv(data, path, delimiter=","):
-    """Read the rows of a CSV file as dicts of strings."""
+def decode(data, path):
+    """Decode a file's bytes: UTF-8, or UTF-16 with a byte order mark. Raises InputError for null
+    characters: such a file is UTF-16 without a mark, or no text."""
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if marked else "utf-8-sig")
+    if "\0" in text:
+        raise InputError(f"{path}: null characters in it; save it as UTF-8")
+    return text
+
+def read_csv(data, path, delimiter=None):
+    """Read the rows of a CSV file as dicts of strings.
+
+    delimiter: a comma by default or, where the first line has none, the semicolon or tab in it."""
     # Not pandas: it pads a short row and cuts a long first row without an error.
     csv.field_size_limit(2**31 - 1)
-    text = io.StringIO(data.decode("utf-8-sig"), newline="")
-    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+    text = decode(data, path)
+    first_line = text.partition("\n")[0]
+    delimiter = delimiter or next((c for c in ",;\t" if c in first_line), ",")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows = []
     try:
+        check_columns(reader.fieldnames or (), path)
         for row in reader:
             rows.append(row)
             if None in row or None in row.values():
@@ -88,10 +106,24 @@ def read_csv(data, path, delimiter=","):
         raise InputError(f"{path}, row {len(rows) + 1}: not CSV ({e})")
     return rows
 
+def check_columns(names, path):
+    """Raise InputError for two columns of one name, of which a row could hold only the last."""
+    for name, n in Counter(names).items():
+        if n > 1 and name.strip():
+            raise InputError(f"{path}: {n} columns are called {name!r}; rename or delete all but "
+                             "one of them")
+
+SPLITS = re.compile("(train|test|validation|valid|val|dev|eval)(?![a-z])", re.I)
+
 def read_json(data, path):
-    """Read a list of objects. The lists of an object of lists (HarmBench's form) are joined."""
-    rows = json.loads(data.decode("utf-8-sig"))
+    """Read a list of objects. The lists of an object of lists (HarmBench's form) are joined; where
+    they are the splits of a data set (train, test) the only one is taken, several are refused."""
+    rows = parse_json(decode(data, path))
     if isinstance(rows, dict) and all(isinstance(group, list) for group in rows.values()):
+        splits = [name for name in rows if SPLITS.match(name)]
+        if len(rows) > 1 and (len(splits) == len(rows) or any(map(SPLITS.fullmatch, splits))):
+            raise InputError(f"{path}: holds {', '.join(rows)}, which are not read as one; put the "
+                             "rows that you mean into a file of their own")
         rows = [row for group in rows.values() for row in group]
     if not isinstance(rows, list):
         raise InputError(f"{path}: not a list of objects")
@@ -101,12 +133,24 @@ def read_json(data, path):
 def read_parquet(data, path):
     """Read the rows of a parquet file, see as_json."""
     from pyarrow import parquet
-    return as_json(parquet.read_table(io.BytesIO(data)).to_pylist())
+    table = parquet.read_table(io.BytesIO(data))
+    check_columns(table.column_names, path)
+    return as_json(table.to_pylist())
 
 def as_json(rows):
-    """Convert rows of Arrow values to what JSON can hold: dates become text, nan becomes None."""
-    return [json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)
+    """Convert rows of Arrow values to what JSON can hold: bytes become text, see bytes_as_text,
+    dates and decimals too, nan becomes None."""
+    return [json.loads(json.dumps(row, default=bytes_as_text), parse_constant=lambda _: None)
             for row in rows]
+
+def bytes_as_text(value):
+    """Decode bytes as UTF-8. Other bytes, an image for example, become an object that says so."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return decode(value, "")
+    except (UnicodeDecodeError, InputError):
+        return {"bytes that are not text in UTF-8": len(value)}
 
 READERS = {
     ".jsonl": lambda data, path: read_rows(path),
@@ -128,7 +172,8 @@ def read_file(path):
         raise
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror or e})")
-    except (ValueError, RuntimeError) as e:      # from decoding UTF-8, JSON and Arrow
+    except (ValueError, RuntimeError, TypeError, ArithmeticError, LookupError) as e:
+        # from decoding UTF-8, JSON and Arrow, whose dates may be beyond Python's
         hint = "; JSON lines go into .jsonl" if suffix == ".json" else ""
         raise InputError(f"{path}: not a {suffix} file ({e}){hint}")
     if not rows:
@@ -217,11 +262,11 @@ def load_rows(source):
     elif path.exists() or path.suffix.lower() in READERS:
         pass
     elif hub_name:
-        return hub_rows(source, *hub_name.groups())
+        return name_columns(hub_rows(source, *hub_name.groups()), source)
     else:
         raise InputError(f"{source}: no such file; name one, a URL, owner/name of a hub data set, "
                          f"or one of {', '.join(SETS)}")
-    rows = read_file(path)
+    rows = name_columns(read_file(path), source)
     VERSIONS[source] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     if is_run:      # in an order that does not depend on which trace was finished first
         rows.sort(key=lambda row: (str(row.get("id")), str(row.get("k"))))
@@ -230,142 +275,117 @@ def load_rows(source):
 # ---------------------------------------------------------------------------------------------
 # Rows of any known set in the form of this project
 
-PROMPT_COLUMNS = ("instruction", "prompt", "question", "problem", "adversarial", "vanilla",
-                  "forbidden_prompt", "test_case", "Behavior", "Question")
-LABEL_COLUMNS = ("prompt_label", "safechain_label", "data_type", "label")
-LABEL_WORDS = {label: label for label in LABELS} | {
-    "safe": "vanilla_benign", "unsafe": "vanilla_harmful",              # XSTest
-    "overreject": "vanilla_benign", "safety": "vanilla_harmful",        # EOPSA
-}
-# keys that sample.py and guard.py add to a prompt
-STAGE_KEYS = {"response", "k", "seed", "steer", "finish_reason", "n_tokens", "n_prompt_tokens",
-              "response_label", "p_unsafe", "guard", "reason", "keep"}
-# the last two say where the key sentence of SafeKey's rows is
-KEPT_KEYS = ("id", "source", "summary_end_idx", "next_sentence_end_idx")
-DIRECT_REFUSAL = "<think>\nI should not answer this question!\n</think>\n\n"
-
-def has_value(row, column):
-    return row.get(column) not in (None, "")
-
-def find_prompt(row, where):
-    """Return the row's prompt, whichever of PROMPT_COLUMNS has it; raises InputError."""
-    for column in PROMPT_COLUMNS:
-        if isinstance(row.get(column), str) and row[column].strip():
-            prompt = row[column]
-            if column == "Behavior" and row.get("ContextString"):       # HarmBench
-                prompt = f"{row['ContextString']}\n\n---\n\n{prompt}"
-            return prompt
-    raise InputError(f"{where}: no text under {', '.join(map(repr, PROMPT_COLUMNS))}; "
-                     f"found the keys {', '.join(row)}")
-
-def find_label(row, label, where):
-    """Return the row's label, one of LABELS, or `label` if the row has none; raises InputError."""
-    if row.get("source") == "4o_rewrite":        # SafeKey marks its benign rows only so
-        return "vanilla_benign"
-    words = {column: row[column] for column in LABEL_COLUMNS if has_value(row, column)}
-    for word in words.values():
-        if isinstance(word, str) and word in LABEL_WORDS:
-            return LABEL_WORDS[word]
-    if words:
-        found = " and ".join(f"{column} is {word!r}" for column, word in words.items())
-        raise InputError(f"{where}: {found}, not one of {', '.join(LABEL_WORDS)}")
-    if not label:
-        raise InputError(f"{where}: no label ({', '.join(LABEL_COLUMNS)}); "
-                         "say with --label what such prompts are")
-    return label
-
-def find_response(row):
-    """Return the row's response, with both think tags if it has reasoning, or None."""
-    response = row.get("response", row.get("completion"))
-    if not isinstance(response, str) or "finish_reason" in row:         # a trace stays as it is
-        return response
-    if "adversarial" in row:                     # WildJailbreak's completions have no reasoning
-        return "<think>\n\n</think>\n\n" + response
-    if "</think>" in response and "<think>" not in response:            # SafeChain
-        return "<think>\n" + response
-    return response
-
-def normalize_row(row, label, where):
-    """Convert a row of any known set to our keys: instruction, prompt_label and, if any, response.
-
-    A row that has these keys keeps all others too, any other row KEPT_KEYS. Raises InputError that
-    says what is missing.
-    """
-    response = find_response(row)
-    if "refusal" in row and not any(has_value(row, column) for column in PROMPT_COLUMNS):
-        text = str(row["refusal"])               # DirectRefusal
-        parts = re.fullmatch(r"\s*Question:\s*(.*?)\s+Answer:\s*(.*?)\s*", text, re.DOTALL)
-        if not parts:
-            raise InputError(f"{where}: 'refusal' is not 'Question: ... Answer: ...'")
-        row = {**row, "instruction": parts[1]}
-        response = DIRECT_REFUSAL + parts[2]
-    if not {"instruction", "prompt_label"} <= row.keys():
-        kept = {key: row[key] for key in KEPT_KEYS if key in row}
-        row = {"instruction": find_prompt(row, where),
-               "prompt_label": find_label(row, label, where), **kept}
-    check_row(row, PROMPT_KEYS, where)
-    if not has_value(row, "id"):
-        row = {key: value for key, value in row.items() if key != "id"}
-    elif not isinstance(row["id"], str | int):
-        raise InputError(f"{where}: id must be text or a whole number, not {row['id']!r}")
-    return row if response is None else {**row, "response": response}
-
-def normalized_rows(source, label):
-    """Return [(where, normalized row), ...] of a name in SETS or any other source."""
+def normalized_rows(source, label, column=None):
+    """Return [(where, normalized row, row of the source), ...] of a name in SETS or any other
+    source. label, column: those of --label and --prompt-column. What they outrank is said."""
     source, label_of_set = SETS.get(str(source), (source, None))
-    found = []
-    for i, row in enumerate(load_rows(source), 1):
+    label, found, alone = label or label_of_set, [], {}
+    rows = load_rows(source)
+    foreign = foreign_label_columns(rows) if label else []
+    if foreign:
+        report(source, f"not read, as no word there is a label of prompts: {', '.join(foreign)}")
+    for i, row in enumerate(rows, 1):
         where = f"{source}, row {i}"
-        found.append((where, normalize_row(row, label or label_of_set, where)))
+        named = column and next((c for c in row if plain_name(c) == plain_name(column)), column)
+        known = {key: value for key, value in row.items() if key not in foreign}
+        found.append((where, normalize_row(known, label, where, named), row))
+        if named:
+            beside = [c for c in PROMPT_COLUMNS + CHAT_COLUMNS if has_value(row, c)]
+            beside += parts_beside(row, found[-1][1]["instruction"])
+            alone |= dict.fromkeys(c for c in beside if c != named)
+    if alone:
+        report(source, f"{column} alone is the prompt, without {', '.join(alone)}")
     return found
 
-def prompt_rows(source, label=None):
+def without_stage_keys(found, keys, source):
+    """Drop keys from rows [(where, row, row of the source), ...].
+
+    The rule: a column with the name of something that a stage writes (STAGE_KEYS) is dropped where
+    rows enter, and a line says so; only training_rows reads what sample.py and guard.py wrote."""
+    dropped = dict.fromkeys(key for _, row, of_source in found for key in row
+                            if key in keys and key in of_source)
+    if dropped:
+        report(source, f"not read, as stages write such columns: {', '.join(dropped)}")
+    return [(where, {key: value for key, value in row.items() if key not in keys}, of_source)
+            for where, row, of_source in found]
+
+def prompt_rows(source, label=None, column=None):
     """Return prompts for sample.py: rows with id, instruction and prompt_label.
 
-    label: the label of prompts that have none of their own.
-    Repeated prompts are dropped with a notice. Raises InputError, also for two different prompts
-    under one id.
+    label: the label of prompts that have none of their own. column: what alone is the prompt.
+    A prompt that is there twice is dropped with a notice that says what else of the two differs.
+    Raises InputError, also for two different prompts under one id, or a prompt with two answers.
     """
-    rows = {}
-    found = normalized_rows(source, label)
-    for where, row in found:
-        row = {"id": content_id(row["prompt_label"], row["instruction"]),
-               **{key: value for key, value in row.items() if key not in STAGE_KEYS}}
-        row["id"] = str(row["id"])
-        first = rows.setdefault(row["id"], row)
+    rows, repeats = {}, []
+    found = [(where, {key: value for key, value in row.items() if key != "response"}, of_source)
+             for where, row, of_source in normalized_rows(source, label, column)]
+    found = without_stage_keys(found, STAGE_KEYS, source)
+    for where, row, of_source in found:
+        for key in "set", "task":
+            if not isinstance(row.get(key), str | None):
+                raise InputError(f"{where}: {key} must be text, not {row[key]!r}")
+        row = {"id": content_id(row["prompt_label"], row["instruction"]), **row}
+        first, first_of_source = rows.setdefault(row["id"], (row, of_source))
         if any(first[key] != row[key] for key in ("prompt_label", "instruction")):
             raise InputError(f"{where}: id {row['id']!r} is used by another prompt before it; "
                              "ids must be unique")
-    report_dropped(source, "prompts", len(found) - len(rows))
-    return list(rows.values())
+        if "set" in row and any(first.get(k) != row.get(k) for k in ("set", "task", "answer")):
+            raise InputError(f"{where}: the prompt is there before, with another set, task or "
+                             "answer; delete one of them")
+        if first is not row:
+            repeats.append((first_of_source, of_source))
+    report_dropped(source, "prompts", repeats, TRACE_STAGE_KEYS)
+    return [row for row, _ in rows.values()]
 
-def training_rows(source, label=None):
+def training_rows(source, label=None, column=None):
     """Return rows for train.py: id, instruction, prompt_label and response; a trace has more keys.
 
-    label: the label of prompts that have none of their own.
-    Repeated rows are dropped with a notice. A trace is repeated if it has the same id and k, any
-    other row if it has the same prompt and response. Raises InputError.
+    label: the label of prompts that have none of their own. column: what alone is the prompt.
+    A row is repeated if all that is read of it is equal, a trace only if its id and k are too.
+    Repeated rows are dropped with a notice. Raises InputError, also for two traces of one id and k.
     """
-    rows = {}
-    found = normalized_rows(source, label)
-    for where, row in found:
+    rows, repeats = {}, []
+    also_read = ("prompt_label", *VERDICT_KEYS, "summary_end_idx", "next_sentence_end_idx")
+    found = normalized_rows(source, label, column)
+    for where, row, of_source in without_stage_keys(found, LATER_STAGE_KEYS, source):
+        both = [of_source[key] for key in ("response", "completion") if has_value(of_source, key)]
+        if len(both) == 2 and both[0] != both[1]:
+            raise InputError(f"{where}: response and completion differ; delete one of them")
         if not isinstance(row.get("response"), str):
-            raise InputError(f"{where}: no text under 'response'")
+            raise InputError(f"{where}: no text under 'response', it is "
+                             f"{row.get('response')!r:.80}; found the keys {', '.join(of_source)}")
         if "steer" in row and "response_label" not in row:
             raise InputError(f"{where}: a trace that no guard has judged; run guard.py first")
         if type(row.get("k", 0)) is not int:
             raise InputError(f"{where}: k is {row['k']!r}, not a whole number")
+        read = row["instruction"], row["response"], str([row.get(key) for key in also_read])
         default_id = content_id(row["prompt_label"], row["instruction"], row["response"])
-        row["id"] = str(row.get("id", default_id))
+        row["id"] = row.get("id", default_id)
         # the same words drawn twice count twice
-        key = (row["id"], row["k"]) if "k" in row else (row["instruction"], row["response"])
-        rows.setdefault(key, row)
-    report_dropped(source, "rows", len(found) - len(rows))
-    return list(rows.values())
+        key = (row["id"], row["k"]) if "k" in row else read
+        first, first_of_source, first_read = rows.setdefault(key, (row, of_source, read))
+        if first_read != read:
+            raise InputError(f"{where}: id {row['id']!r} and k {row['k']} are those of another "
+                             "trace before it")
+        if first is not row:
+            repeats.append((first_of_source, of_source))
+    report_dropped(source, "rows", repeats)
+    return [row for row, *_ in rows.values()]
 
-def report_dropped(source, what, n):
-    if n:
-        print(escape_control_chars(f"{source}: {n} repeated {what} dropped"), file=sys.stderr)
+def report(source, text):
+    print(escape_control_chars(f"{source}: {text}"), file=sys.stderr)
+
+def report_dropped(source, what, repeats, expected=()):
+    """Say how many rows were dropped, and in which columns they differ from the row that stays.
+
+    repeats: [(row that stays, dropped row), ...] of the source. expected: columns not to name."""
+    differ = {}
+    for first, row in repeats:
+        differ |= dict.fromkeys(key for key in {**first, **row} if row.get(key) != first.get(key))
+    names = [key for key in differ if key not in ("id", *expected)]
+    if repeats:
+        also = f"; they differ in {', '.join(names)}" if names else ""
+        report(source, f"{len(repeats)} repeated {what} dropped{also}")
 
 def label_counts(rows):
     """Return, for example, '3 rows (1 vanilla_harmful, 2 vanilla_benign)'."""
@@ -373,17 +393,18 @@ def label_counts(rows):
     parts = [f"{counts[label]:,} {label}" for label in LABELS if counts[label]]
     return f"{len(rows):,} rows ({', '.join(parts)})"
 
-def read_training_rows(source, label, out, judged, read=training_rows):
-    """Read the rows of a source or, for None, those that guard.py has written into the folder out.
+def read_training_rows(args, judged, read=training_rows):
+    """Read the rows of args.data or, for None, those that guard.py has written into args.out.
 
-    judged: guard.py's entry in the run record. read: training_rows, or prompt_rows where no
-    responses are needed. Raises InputError when guard.py's rows are asked for and not complete."""
-    if source is None and not judged.get("finished"):
-        raise InputError(f"{out}: guard.py has not finished there; run it first, or give rows with "
-                         "--data FILE")
-    rows = read(source or out, label)
-    if source is None and read is training_rows and len(rows) < judged.get("rows", 0):
-        raise InputError(f"{out}/guarded.jsonl: {len(rows)} of the {judged['rows']} rows that "
+    args: has the flags of add_column_flags too. judged: guard.py's entry in the run record. read:
+    training_rows, or prompt_rows where no responses are needed. Raises InputError when guard.py's
+    rows are asked for and not complete."""
+    if args.data is None and not judged.get("finished"):
+        raise InputError(f"{args.out}: guard.py has not finished there; run it first, or give rows "
+                         "with --data FILE")
+    rows = read(args.data or args.out, args.label, args.prompt_column)
+    if args.data is None and read is training_rows and len(rows) < judged.get("rows", 0):
+        raise InputError(f"{args.out}/guarded.jsonl: {len(rows)} of the {judged['rows']} rows that "
                          "guard.py wrote are there; run it again, or give rows with --data FILE")
     return rows
 

@@ -58,7 +58,7 @@ def export_trl(path, examples, tokenizer):
 def load_examples(args):
     """Encode the rows that train.py would train on -> (examples, tokenizer)."""
     run = read_run(args.out)
-    rows = read_training_rows(args.data, args.label, args.out, run.get("guard", {}))
+    rows = read_training_rows(args, run.get("guard", {}))
     if args.model is None and "sample" not in run:
         raise InputError(f"{args.out}: no sample.py run to take the model from; give --model")
     args.seed = stage_seed(args, run)

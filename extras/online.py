@@ -35,6 +35,7 @@ import torch
 
 import train
 from data.benchmarks import describe_rows
+from data.columns import add_column_flags
 from data.sources import draw_examples, prompt_rows
 from extras.linear_reverse_kl import linear_reverse_kl
 from guard import load_guard
@@ -42,7 +43,7 @@ from sample import Sampler, add_sampling_flags, sampling_options
 from data.chat import decode_response, encode_prompt
 from data.run_record import read_run
 from thinksafe import (
-    LABELS, InputError, cli, escape_control_chars, is_harmful, is_tiny, load_model, lora_disabled,
+    InputError, cli, escape_control_chars, is_harmful, is_tiny, load_model, lora_disabled,
     make_parser, positive, split_packs)
 
 from linear_ce_kl import linear_ce_kl
@@ -310,8 +311,7 @@ def parse_args():
                    "student that sees a hint")
     g = p.add_argument_group("rollouts")
     g.add_argument("--prompts", help="as for sample.py (default: those that it used)")
-    g.add_argument("--label", choices=LABELS, metavar="LABEL", help="what prompts are that have no "
-                   f"label of their own: {', '.join(LABELS)}")
+    add_column_flags(g)
     g.add_argument("--rollouts", type=positive,
                    help="of each prompt of a step; --batch-size counts prompts; grpo 8, else 1")
     g.add_argument("--guard", help="of grpo, as for guard.py (default: the one that it used); self "
@@ -338,7 +338,7 @@ def main():
     if args.prompts is None and not run.get("sample", {}).get("finished"):
         raise InputError(f"{args.out}: sample.py has not finished there; run it first, or give "
                          "prompts with --prompts FILE")
-    rows = prompt_rows(args.prompts or args.out / "samples.jsonl", args.label)
+    rows = prompt_rows(args.prompts or args.out / "samples.jsonl", args.label, args.prompt_column)
     model, tokenizer, config = train.load_student(args, run, CONFIG[args.method])
     print(escape_control_chars(describe_rows(rows, model.folder)))
     n = args.rollouts or ROLLOUTS[args.method]

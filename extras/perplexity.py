@@ -54,7 +54,8 @@ def training_examples(out, model, tokenizer):
     if not args.get("data") and not rows_file.exists():
         return []
     try:
-        rows = training_rows(args.get("data") or rows_file, args.get("label"))
+        rows = training_rows(args.get("data") or rows_file, args.get("label"),
+                             args.get("prompt_column"))
     except Unavailable as e:
         print(escape_control_chars(f"no perplexity of the training set: {e}"), file=sys.stderr)
         return []

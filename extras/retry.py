@@ -46,7 +46,8 @@ def main():
         **how, "model": model.hash, "dtype": str(model.head.dtype)}, model=sampled["model"],
         sources=sampled.get("sources"))
     stage.save(arguments={**given, "retries": args.n})      # later stages read sample.py's flags
-    prompts = prompt_rows(given["prompts"] or TINY / "prompts.jsonl", given["label"])
+    prompts = prompt_rows(given["prompts"] or TINY / "prompts.jsonl", given["label"],
+                          given.get("prompt_column"))
     prompts = [row for row in prompts[:given["limit"]] if owns(how.get("shard"), row["id"])]
     writer = RowWriter(stage.path, TRACE_KEYS)
     guarded = read_rows(args.out / "guarded.jsonl", {"id": str, "keep": bool})

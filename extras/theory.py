@@ -421,7 +421,8 @@ def second_round(out, run, trained, student):
         words = [f"--{key.replace('_', '-')} {value}" for key, value in flags.items()]
         return " ".join([f"python {script}.py --out {again}", *words])
     flags = {key: sampled["arguments"][key] for key in (
-        "prompts", "label", "steer", "limit", "seed") if sampled["arguments"][key]}
+        "prompts", "label", "prompt_column", "steer", "limit", "seed")
+        if sampled["arguments"].get(key)}
     flags["max_new_tokens"] = sampled["fingerprint"]["max_new_tokens"]
     config = {key: value for key, value in run["train"]["fingerprint"].items()
               if key in PAPER_CONFIG}

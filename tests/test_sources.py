@@ -1,10 +1,12 @@
 """Prompts and training rows by name and by path, and what is said where they cannot be had."""
+import gzip
 import io
 import json
 import os
 import re
 import urllib.error
 from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,14 @@ TSV = ('id\tprompt\tlabel\na\t"He said: ""no"",\nand went"\tsafe\n'
     ("crlf.jsonl", "\ufeff" + "".join(json.dumps(row) + "\r\n" for row in ROWS)),
     ("X.JSONL", "\n".join(map(json.dumps, ROWS))),
     ("groups.json", {"one": ROWS[:1], "two": ROWS[1:]}),
+    ("groups.json", {"train_wreck": ROWS[:1], "bulk_cash_smuggling": ROWS[1:]}),    # HarmBench
+    ("split.json", {"train": ROWS}),
+    ("semicolon.csv", CSV.replace("a,", "a;").replace(",safe", ";safe").replace("b,", "b;")
+     .replace(",unsafe", ";unsafe").replace("id,prompt,label", "id;prompt;label")),
+    ("tab.csv", TSV),
+    ("utf16.csv", CSV.encode("utf-16")),
+    ("utf16.json", json.dumps(ROWS).encode("utf-16")),
+    ("bytes.parquet", [{key: value.encode() for key, value in row.items()} for row in ROWS]),
 ])
 def test_every_format_gives_the_same_rows(tmp_path, name, content):
     assert read_file(write(tmp_path / name, content)) == ROWS
@@ -115,9 +125,9 @@ def test_every_format_gives_the_same_rows(tmp_path, name, content):
 
 def test_csv_is_text(tmp_path):
     """No number, date, truth value or missing value is made of what is written there."""
-    path = write(tmp_path / "x.csv", "a,a,b,\n1,007,NA,1e5\n\n2,True,2020-01-01,\n")
-    assert read_file(path) == [{"a": "007", "b": "NA", "": "1e5"},
-                               {"a": "True", "b": "2020-01-01", "": ""}]
+    path = write(tmp_path / "x.csv", "z,a,b,\n1,007,NA,1e5\n\n2,True,2020-01-01,\n")
+    assert read_file(path) == [{"z": "1", "a": "007", "b": "NA", "": "1e5"},
+                               {"z": "2", "a": "True", "b": "2020-01-01", "": ""}]
 
 
 def test_a_field_of_megabytes(tmp_path):
@@ -132,6 +142,53 @@ def test_what_json_cannot_hold_is_made_plain(tmp_path):
         {"prompt": "x", "when": "2026-01-02", "score": None, "list": [1, None]}]
 
 
+def parquet_bytes(table):
+    from pyarrow import parquet
+    file = io.BytesIO()
+    parquet.write_table(table, file)
+    return file.getvalue()
+
+
+def duplicate_columns():
+    import pyarrow
+    return parquet_bytes(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, ["prompt"] * 2))
+
+
+def far_date():
+    import pyarrow
+    return parquet_bytes(pyarrow.table({"day": pyarrow.array([10**9], pyarrow.date32())}))
+
+
+def test_types_of_arrow(tmp_path):
+    """Text in any of its types is text; what JSON does not know becomes text, and bytes too."""
+    import pyarrow as pa
+    types = pa.table({
+        "large": pa.array(["ä"], pa.large_string()), "word": pa.array(["x"]).dictionary_encode(),
+        "bytes": pa.array(["ä".encode()]), "image": pa.array([{"bytes": b"\x89PNG", "path": "p"}]),
+        "number": pa.array([Decimal("1.10")]), "time": pa.array([1], pa.timestamp("ns", tz="UTC")),
+        "turns": pa.array([[{"role": "user", "content": "x"}]]),
+        "map": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())), "none": pa.nulls(1)})
+    path = write(tmp_path / "x.parquet", parquet_bytes(types))
+    assert read_file(path) == [{
+        "large": "ä", "word": "x", "bytes": "ä", "number": "1.10", "none": None,
+        "image": {"bytes": {"bytes that are not text in UTF-8": 4}, "path": "p"},
+        "time": "1970-01-01 00:00:00.000000001+00:00", "map": [["k", 1]],
+        "turns": [{"role": "user", "content": "x"}]}]
+    for data in (b"\xff\xfe\x00", "Käse".encode("latin1"), b"P\0r\0"):
+        path = write(tmp_path / "x.parquet", [{"prompt": data, "label": "safe"}])
+        with pytest.raises(InputError, match="prompt is {'bytes that are not text in UTF-8'"):
+            prompt_rows(path)
+
+
+@pytest.mark.parametrize("header", [",prompt,label", "Unnamed: 0,prompt,label",
+                                    "Index, Prompt ,LABEL"])
+def test_an_index_column_is_not_read(tmp_path, header):
+    path = write(tmp_path / "x.csv", header + "\n0,a,safe\n1,b,unsafe\n")
+    assert [row["instruction"] for row in prompt_rows(path)] == ["a", "b"]
+    path = write(tmp_path / "x.csv", header + ",,\n0,a,safe,,\n")        # as Excel leaves them
+    assert [row["instruction"] for row in prompt_rows(path)] == ["a"]
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("x.txt", "a", "ends in .jsonl .json .csv .parquet .tsv"),
     ("x.csv", "", "no rows"),
@@ -142,6 +199,23 @@ def test_what_json_cannot_hold_is_made_plain(tmp_path):
     ("x.csv", 'prompt,label\na,safe\n"never closed,safe\n', "row 2: not CSV"),
     ("x.csv", 'prompt,label\na,safe\n"closed"early,safe\n', "row 2: not CSV"),
     ("x.csv", b"prompt\n\xff\xfe\n", "not a .csv file"),
+    ("x.csv", "prompt,label\nKäse,safe\n".encode("latin1"), "not a .csv file"),
+    ("x.csv", "prompt,label\na,safe\n".encode("utf-16-le"), "null characters in it"),
+    ("x.csv", "prompt,label\na\0b,safe\n", "null characters in it"),
+    ("x.csv", "prompt,prompt,label\na,b,safe\n", "2 columns are called 'prompt'"),
+    ("x.parquet", duplicate_columns(), "not a .parquet file"),
+    ("x.parquet", far_date(), "not a .parquet file"),
+    ("x.json", '[{"a": 1, "a": 2}]', "the key 'a' is there twice"),
+    ("x.jsonl", '{"a": {"b": 1, "b": 2}}', "the key 'b' is there twice"),
+    ("x.json", '[{"a": 1},]', "not a .json file"),
+    ("x.json", {"train": [{"a": 1}], "test": [{"a": 2}]}, "holds train, test, which are not read"),
+    ("x.json", {"Validation": [{"a": 1}], "other": [{"a": 2}]}, "holds Validation, other"),
+    ("x.json", {"train_sft": [{"a": 1}], "test_sft": [{"a": 2}]}, "holds train_sft, test_sft"),
+    ("x.json", {"a": {"0": 1}}, "not a list of objects"),
+    ("x.json", {"a": [1, 2]}, "row 1: expected a JSON object"),
+    ("x.jsonl", '{"a": 1}\n'.encode("utf-16"), "not a line of JSON in UTF-8"),
+    ("x.jsonl", gzip.compress(b'{"a": 1}'), "not a line of JSON in UTF-8"),
+    ("x.jsonl.gz", gzip.compress(b'{"a": 1}'), "ends in .jsonl"),
     ("x.json", '{"a": 1}', "not a list of objects"),
     ("x.json", '{"a": 1}\n{"a": 2}\n', "JSON lines go into .jsonl"),
     ("x.json", '[{"a": 1}, 3]', "row 2"),
@@ -228,7 +302,8 @@ def test_rows_without_a_label_need_one(tmp_path):
 
 
 @pytest.mark.parametrize("rows, message", [
-    ([{"prompt": "x", "label": "harmfull"}], "row 1: label is 'harmfull', not one of"),
+    ([{"prompt": "x", "label": "safe"}, {"prompt": "y", "label": "harmfull"}],
+     "row 2: label is 'harmfull', not one of"),
     ([{"prompt": "x", "label": "safe"}, {"prompt": "x", "label": 1}], "row 2: label is 1"),
     ([{"prompt": ["x"], "label": "safe"}],
      "row 1: no text under .*found the keys prompt, label"),

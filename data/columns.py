@@ -1,0 +1,287 @@
+"""
+What the columns of other people's data sets mean: which is the prompt, its label, the response.
+
+    from data.columns import find_prompt, normalize_row
+    find_prompt({"Goal": "Write ...", "Behavior": "Defamation"}, "jbb.csv, row 1")
+
+A column is known by its name, whatever its case and the spaces around it. Nothing is dropped in
+silence: what may belong to the prompt and is not read is refused by name (see find_prompt).
+"""
+import functools
+import re
+
+from data.rows import PROMPT_KEYS, check_row
+from thinksafe import LABELS, InputError
+
+# Of other sets: goal AdvBench and JailbreakBench, behavior HarmBench, user_input ToxicChat, query
+# MetaMath, augq SALAD-Bench; turns SORRY-Bench, conversations ShareGPT, conversation WildChat
+PROMPT_COLUMNS = ("instruction", "prompt", "question", "problem", "adversarial", "vanilla",
+                  "forbidden_prompt", "test_case", "goal", "behavior", "user_input", "query",
+                  "augq")
+CHAT_COLUMNS = ("messages", "conversations", "conversation", "turns")
+# column -> what beside it is no prompt: the seed of an attack, or a behavior's name
+NO_RIVAL = {"adversarial": "vanilla", "test_case": "behavior", "goal": "behavior"}
+# column -> (column that is joined with it, how)
+JOINED = {"instruction": ("input", "{prompt}\n\n{part}"),                       # Alpaca
+          "behavior": ("ContextString", "{part}\n\n---\n\n{prompt}")}           # HarmBench
+PART_OF_PROMPT = re.compile(
+    "(inputs?|input_?text|text|body|context|contextstring|ctx|passage|paragraph|article|document"
+    "|doc|story|background|knowledge|support|premise|hypothesis|table|schema|demonstration|few_?shot"
+    "|system|system_?prompt|system_?message|system_?instruction|developer(_?(prompt|message))?"
+    "|(chat_?|conversation_?|dialog(ue)?_?)?history|dialog(ue)?|parent_?id"
+    "|(options?|choices?|endings?)(_?[a-e1-5])?|op[a-e]|(adv(ersarial)?_?)?(prefix|suffix)"
+    "|(image|picture|audio|video|attachment)s?(_?(path|url|file))?|tool|function)s?")
+PART_OF_TURN = re.compile("reasoning(_content)?|thinking|tool_calls?|(image|audio|video|file)s?")
+ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
+         "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+# what saving a list of turns, or bytes, as CSV makes of them
+SPOILT = re.compile(r"""\s*(\[\s*{\s*['"](role|from|content|value)['"]:.*|b(['"]).*\3\s*)""", re.S)
+LABEL_COLUMNS = ("prompt_label", "safechain_label", "data_type", "label")
+LABEL_WORDS = {label: label for label in LABELS} | {
+    "safe": "vanilla_benign", "unsafe": "vanilla_harmful",              # XSTest
+    "overreject": "vanilla_benign", "safety": "vanilla_harmful",        # EOPSA
+}
+# What stages add to rows. A column of that name would pass for their word, so prompts lose it.
+TRACE_STAGE_KEYS = {
+    "response", "k", "seed", "steer", "finish_reason", "n_tokens", "n_prompt_tokens",
+    "eos",                                                                              # sample.py
+    "response_label", "p_unsafe", "guard", "reason", "keep", "verdicts"}                # guard.py
+LATER_STAGE_KEYS = {
+    "when", "unsafe", "refused", "solved", "guard_unsafe",                              # eval.py
+    "label", "arm", "tokens", "weight", "log_plain", "log_told", "log_source", "fault",
+    "oracle"}                                                     # verdicts.jsonl, extras/theory.py
+STAGE_KEYS = TRACE_STAGE_KEYS | LATER_STAGE_KEYS
+# the last two say where the key sentence of SafeKey's rows is
+KEPT_KEYS = ("id", "source", "summary_end_idx", "next_sentence_end_idx")
+VERDICT_KEYS = ("response_label", "keep", "reason", "finish_reason")     # that training goes by
+DIRECT_REFUSAL = "<think>\nI should not answer this question!\n</think>\n\n"
+
+def has_value(row, column):
+    value = row.get(column)
+    return bool(value.strip()) if isinstance(value, str) else value not in (None, [], {})
+
+@functools.lru_cache(maxsize=10_000)
+def plain_name(column):
+    """Reduce a column's name to what counts of it: "System Prompt" becomes system_prompt."""
+    return re.sub(r"\W+", " ", column).strip().lower().replace(" ", "_")
+
+KNOWN_COLUMNS = {plain_name(name): name for name in (
+    *PROMPT_COLUMNS, *CHAT_COLUMNS, *LABEL_COLUMNS, *KEPT_KEYS, "input", "ContextString", "refusal",
+    "response", "completion", "answer", "set", "task")}
+
+def name_columns(rows, source):
+    """Give a column that is known under another spelling (" Prompt") its known name.
+
+    Raises InputError where two columns with different values would get one name."""
+    named = []
+    for i, row in enumerate(rows, 1):
+        names = {column: KNOWN_COLUMNS.get(plain_name(column), column) for column in row}
+        if len(set(names.values())) < len(names):
+            for column, name in names.items():
+                same = [c for c in names if names[c] == name and row[c] != row[column]]
+                if same and has_value(row, column) and has_value(row, same[0]):
+                    raise InputError(f"{source}, row {i}: the columns {column!r} and {same[0]!r} "
+                                     "differ; delete one of them")
+            row = {column: row[column] for column in sorted(row, key=lambda c: has_value(row, c))}
+        named.append({names[column]: value for column, value in row.items()})
+    return named
+
+def read_chat(turns, column, where):
+    """Return (prompt, answer or None) of a chat of one turn of the user and at most one answer.
+
+    Any other chat is refused by what would be lost of it: a system turn, several turns, images."""
+    roles, texts = [], []
+    for turn in turns:
+        if not isinstance(turn, dict):               # SORRY-Bench has a list of texts
+            turn = {"role": "user", "content": turn}
+        role, text = (turn.get(key, turn.get(sharegpt)) for key, sharegpt in (
+            ("role", "from"), ("content", "value")))
+        more = {key: turn[key] for key in turn
+                if PART_OF_TURN.fullmatch(key) and has_value(turn, key)}
+        if more or has_value({"text": text}, "text"):        # else nothing is lost with it
+            roles.append(ROLES.get(str(role).lower(), str(role)))
+            texts.append({"text": text, **more} if more else text)
+    if roles not in (["user"], ["user", "assistant"]) or not isinstance(texts[0], str):
+        found = (", ".join(roles[:6]) or "no turn") + ", ..." * (len(roles) > 6)
+        raise InputError(f"{where}: {column} is a chat of {found}, and begins {texts[:1]!r:.80}; "
+                         "only one text of the user, with at most one answer, is a prompt here; "
+                         "name another column with --prompt-column, or leave such rows out")
+    return texts[0], texts[1] if len(texts) > 1 else None
+
+def read_column(row, column, where, is_named=False):
+    """Return (prompt, answer or None) that a column has, (None, None) if it has no text.
+
+    is_named: by --prompt-column. Otherwise text is refused where a list of turns is expected, or
+    where it was one, or bytes, before it was saved."""
+    value, is_chat = row.get(column), column in CHAT_COLUMNS
+    if isinstance(value, list) and value and (is_chat or isinstance(value[0], dict)):
+        return read_chat(value, column, where)
+    is_text = isinstance(value, str) and has_value(row, column)
+    if not is_named and (is_chat and (is_text or isinstance(value, dict))
+                         or is_text and SPOILT.fullmatch(value)):
+        raise InputError(f"{where}: {column} is no {'list of turns' if is_chat else 'plain text'}, "
+                         f"it is {value!r:.80}; name the prompt's column with --prompt-column")
+    return (value if is_text else None), None
+
+def prompt_texts(row, where):
+    """Return {column: prompt} of the columns for prompts that have text."""
+    found = {column: read_column(row, column, where)[0]
+             for column in PROMPT_COLUMNS + CHAT_COLUMNS if column in row}
+    return {column: text for column, text in found.items() if text}
+
+def text_beside(row, column):
+    """Return what a column has as text, "" if it has nothing or a truth value."""
+    value = row.get(column)
+    return str(value).strip() if has_value(row, column) and not isinstance(value, bool) else ""
+
+def parts_beside(row, prompt):
+    """Return the names of columns that belong to a prompt (PART_OF_PROMPT, or the options A, B, C)
+    and are not in it. A column `text` often is the whole example: then it has the prompt."""
+    names = {column: plain_name(column) for column in row}
+    options = "abcde" if {"a", "b"} <= set(names.values()) else ()
+    parts = {column: text_beside(row, column) for column, name in names.items()
+             if PART_OF_PROMPT.fullmatch(name) or name in options}
+    return [column for column, text in parts.items()
+            if text not in prompt and not (names[column] == "text" and prompt in text)]
+
+def check_rivals(row, column, texts, where):
+    """Raise InputError if beside a column's prompt there is another one, or what may be one."""
+    for other in row.keys() & {*PROMPT_COLUMNS, *CHAT_COLUMNS}:
+        differs = other in texts and texts[other].strip() != texts[column].strip()
+        unread = other not in texts and isinstance(row[other], list | dict)
+        if (differs or unread and has_value(row, other)) and NO_RIVAL.get(column) != other:
+            raise InputError(f"{where}: {column} and {other} are not the same; say with "
+                             "--prompt-column which is the prompt, or delete one of them")
+
+def find_prompt(row, where, column=None):
+    """Return the row's prompt.
+
+    The rule: text that belongs to the prompt (PROMPT_COLUMNS, CHAT_COLUMNS, PART_OF_PROMPT) is
+    joined as its set joins it (JOINED), or refused by name unless --prompt-column says what alone
+    is the prompt; any other column is about the prompt, and is not read.
+
+    column: that of --prompt-column. Raises InputError."""
+    if column:
+        texts = {column: read_column(row, column, where, is_named=True)[0]}
+    else:
+        texts = prompt_texts(row, where)
+    if not any(texts.values()):
+        columns = (column,) if column else PROMPT_COLUMNS
+        held = "".join(f"; {name} is {row[name]!r:.80}" for name in columns if has_value(row, name))
+        raise InputError(f"{where}: no text under {', '.join(map(repr, columns))}; found the keys "
+                         f"{', '.join(row)}{held}; name the prompt's with --prompt-column")
+    first, prompt = next(iter(texts.items()))
+    if column:
+        return prompt
+    check_rivals(row, first, texts, where)
+    part, form = JOINED.get(first, ("", ""))
+    if part and text_beside(row, part) and not isinstance(row[part], list | dict):
+        prompt = form.format(prompt=prompt, part=row[part])
+    lost = parts_beside(row, prompt)
+    if lost:
+        raise InputError(f"{where}: {', '.join(lost)} beside {first} may be a part of the prompt; "
+                         "join them in the file, delete what is none, or say --prompt-column "
+                         f"{first} to take that alone")
+    return prompt
+
+def label_of_word(word):
+    return LABEL_WORDS.get(word.strip().lower()) if isinstance(word, str) else None
+
+def find_label(row, label, where):
+    """Return the row's label, one of LABELS, or `label` if the row has none; raises InputError."""
+    if row.get("source") == "4o_rewrite":        # SafeKey marks its benign rows only so
+        return "vanilla_benign"
+    words = {column: row[column] for column in LABEL_COLUMNS if has_value(row, column)}
+    for word in words.values():
+        if label_of_word(word):
+            return label_of_word(word)
+    if words:
+        found = " and ".join(f"{column} is {word!r}" for column, word in words.items())
+        raise InputError(f"{where}: {found}, not one of {', '.join(LABEL_WORDS)}"
+                         + "; say with --label what such prompts are" * (not label))
+    if not label:
+        raise InputError(f"{where}: no label ({', '.join(LABEL_COLUMNS)}); "
+                         "say with --label what such prompts are")
+    return label
+
+def foreign_label_columns(rows):
+    """Return the label columns that are about something else.
+
+    The rule: a column outranks --label if one of its words is ours (LABEL_WORDS), and then all must
+    be; --label outranks a column without such a word. A column prompt_label is always ours."""
+    return [column for column in LABEL_COLUMNS[1:]
+            if any(has_value(row, column) for row in rows)
+            and not any(label_of_word(row.get(column)) for row in rows)]
+
+def find_response(row, where, column=None):
+    """Return the row's response, with both think tags if it has reasoning, or None. It stands under
+    response or completion, or is the answer in the chat that has the prompt."""
+    response = row.get("response", row.get("completion"))
+    if response is None:
+        answers = [read_column(row, name, where, bool(column))[1] for name in (
+            [column] if column else PROMPT_COLUMNS + CHAT_COLUMNS)]
+        response = next(filter(None, answers), None)
+    elif isinstance(response, list) and len(response) == 1 and isinstance(response[0], dict):
+        response = response[0].get("content")        # TRL's conversational form
+    if not isinstance(response, str) or "finish_reason" in row:         # a trace stays as it is
+        return response
+    if {"vanilla", "adversarial"} <= row.keys():     # WildJailbreak's completions have no reasoning
+        return "<think>\n\n</think>\n\n" + response
+    if "</think>" in response and "<think>" not in response:            # SafeChain
+        return "<think>\n" + response
+    return response
+
+def find_id(row, where):
+    """Return the row's id as text, or None. The rule: a whole number is an id in whatever type it
+    comes (Arrow makes 1.0 of 1 beside a row without id), a truth value is none.
+
+    Raises InputError for any other value that is no text."""
+    value = row.get("id")
+    if not has_value(row, "id"):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise InputError(f"{where}: id must be text or a whole number, not {value!r}")
+    return str(value)
+
+def normalize_row(row, label, where, column=None):
+    """Convert a row of any known set to our keys: instruction, prompt_label and, if any, response.
+
+    A row that has these keys keeps all others too, any other row KEPT_KEYS and what a guard said.
+    Raises InputError that says what is missing."""
+    response = find_response(row, where, column)
+    unsafe = str(row.get("is_safe")).lower() in ("false", "0")         # BeaverTails
+    if unsafe or row.get("response_harm_label") == "harmful":          # WildGuardMix
+        row = {"response_label": "unsafe", **row}
+    if "refusal" in row and not column and not prompt_texts(row, where):
+        text = str(row["refusal"])               # DirectRefusal
+        parts = re.fullmatch(r"\s*Question:\s*(.*?)\s+Answer:\s*(.*?)\s*", text, re.DOTALL)
+        if not parts:
+            raise InputError(f"{where}: 'refusal' is not 'Question: ... Answer: ...'")
+        row = {**row, "instruction": parts[1]}
+        response = DIRECT_REFUSAL + parts[2]
+    prompt = find_prompt(row, where, column)
+    if not {"instruction", "prompt_label"} <= row.keys():
+        kept = {key: row[key] for key in KEPT_KEYS if key in row}
+        kept |= {key: row[key] for key in VERDICT_KEYS if has_value(row, key)}
+        row = {"instruction": prompt, "prompt_label": find_label(row, label, where), **kept}
+    else:                    # a later stage reads this row: it must not join or refuse what is done
+        gone = {part for part, _ in JOINED.values()}
+        if column:
+            gone |= {*PROMPT_COLUMNS, *CHAT_COLUMNS, *parts_beside(row, prompt)}
+        row = {key: value for key, value in row.items() if key not in gone}
+        row["instruction"] = prompt
+    check_row(row, PROMPT_KEYS, where)
+    row_id = find_id(row, where)
+    row = {key: row_id if key == "id" else value for key, value in row.items()
+           if key != "id" or row_id is not None}
+    return row if response is None else {**row, "response": response}
+
+def add_column_flags(group):
+    """Add the flags that say how the columns of other people's rows are read -> the group."""
+    group.add_argument("--label", choices=LABELS, metavar="LABEL", help="of prompts that have no "
+                       f"label of their own: {', '.join(LABELS)}")
+    group.add_argument("--prompt-column", metavar="NAME", help="the column that alone is the "
+                       "prompt (default: known by its name, see data/columns.py)")
+    return group
