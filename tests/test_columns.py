@@ -325,7 +325,7 @@ def pipeline(tmp_path_factory):
     """A folder in which every stage that writes rows has run, of the tiny world's prompts."""
     out = tmp_path_factory.mktemp("pipeline") / "out"
     few = "--max-new-tokens", 4
-    for words in (["sample.py", "--limit", 4, *few], ["guard.py", "--guard", "tiny", "self"], ["extras.theory", "--n", 1, *few],
+    for words in (["sample.py", "--limit", 4], ["guard.py", "--guard", "tiny", "self"], ["extras.theory", "--n", 1, *few],
                   ["eval.py", "--model", "tiny", "--before", "tiny", "--limit", 1, *few]):
         done = call(*words, "--out", out)
         assert done.returncode == 0, done.stderr
