@@ -11,6 +11,7 @@ import functools
 import logging
 import re
 import unicodedata
+from decimal import Decimal
 from fractions import Fraction
 
 from data.chat import OutOfTime, reopens_thought, time_limit
@@ -123,7 +124,10 @@ def formulas(text):
 def said_after(text, phrase):
     """Return what is said after "the answer is" (a match of ANSWER_PHRASE): a formula, or the text
     up to the end of the sentence or a reason; and whether it is a value, not prose."""
-    rest = text[LEAD_IN.match(text, phrase.end()).end():][:MAX_ANSWER_CHARS]
+    start = LEAD_IN.match(text, phrase.end()).end()
+    number, rest = NUMBER.match(text, start), text[start:start + MAX_ANSWER_CHARS]
+    if number and len(number[0]) > MAX_ANSWER_CHARS / 2:
+        return number[0], True
     found = formulas(rest)
     if found and found[0][0] == 0:
         n = 1
@@ -182,7 +186,9 @@ ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9,
          "万": 4, "萬": 4, "만": 4, "亿": 8, "億": 8, "억": 8}
 MAGNITUDE = rf"\s*({'|'.join(ZEROS)})(?![A-Za-z])"
 NO_NUMBER = re.compile(                # words that change the number after them
-    r"\b(?:not|than|least|most|over|under|between|up to|nicht|no|non|não|pas|не)\b|不|아니", re.I)
+    r"\b(?:not|than|least|most|over|under|between|up to|half|twice|double|triple|nicht|no|non|não"
+    r"|pas|не)\b|不|아니|[A-Za-z]\($", re.I)
+NO_NUMBER_AFTER = re.compile(r"\s?[eikxyzn]\b|['!]|[A-Z]\b|\s(?:squared|cubed)\b|.*\bor\b")
 
 def unwrap_text(latex):
     """Take words in LaTeX out of their command: \\text{ cm} becomes cm."""
@@ -213,7 +219,7 @@ def parse_number(text, words=False):
     if not re.fullmatch(allowed, before + after):
         return None
     zeros = re.match(MAGNITUDE, after, re.I)
-    if words and (NO_NUMBER.search(before) or re.match(r"\s?[kxyzn]\b|!|[A-Z]\b|.*\bor\b", after)
+    if words and (NO_NUMBER.search(before) or NO_NUMBER_AFTER.match(after)
                   or re.search(r"[A-Za-z]-?$", before)):
         return None
     return Fraction(found[0].replace(",", "")) * 10 ** (ZEROS[zeros[1].lower()] if zeros else 0)
@@ -335,9 +341,10 @@ def _same_formula(answer, reference):
         if not re.fullmatch(f"{sum_of_names}|{no_names}", left):
             return False
         answer = right
-    ratio = ":" in answer and ":" not in reference
-    if ratio or re.search(r"\\infty\s*\]|\[\s*-\s*\\infty", answer):
-        return False
+    closed_infinity = r"\\infty\s*\]|\[\s*-\s*\\infty"
+    for sign in (":", r"\\l?dots|\.\.\.|'$", closed_infinity):
+        if re.search(sign, answer) and not re.search(sign, reference):
+            return False
     brackets = [re.match(r"(?:\\left)?\s*(\\\{|[(\[])|", text)[1] for text in (answer, reference)]
     if "\\{" in brackets and brackets[0] != brackets[1] and None not in brackets:
         return False
@@ -382,6 +389,8 @@ def same_value(answer, reference):
 
 def same_number(answer, reference):
     """As same_value; words around the number, and an equation before it, do not matter."""
+    if re.search(r"(?<![\d.,])\d{1,3}\.000(?!\d)", answer):           # 18.000: in Spain 18,000
+        return answer == reference
     numbers = parse_number(answer.rpartition("=")[2], words=True), parse_number(reference)
     return numbers[0] == numbers[1] if None not in numbers else same_expression(answer, reference)
 
@@ -389,8 +398,13 @@ def is_right(grader, response, reference):
     """Whether the final answer of a response is right.
 
     grader: same_value, same_number or same_choice. reference: text, also in GSM8K's form with
-    "#### " before it, or a number. Call it from the main thread: elsewhere there is no time limit.
+    "#### " before it, a number, or a list. Call it from the main thread: elsewhere there is no
+    time limit.
     """
     found = final_answer(response)
+    if isinstance(reference, list):
+        reference = ", ".join(map(str, reference))
+    if type(reference) is int:                  # str() stops at 4,300 digits
+        reference = f"{Decimal(reference):f}"
     reference = to_latex(str(reference).rpartition("####")[2].strip())
     return bool(found) and grader(found, reference)

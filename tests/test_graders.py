@@ -1,6 +1,7 @@
 """Which answer a response commits to, and whether it is right."""
 import re
 import signal
+from pathlib import Path
 
 import pytest
 from conftest import rows_of
@@ -176,3 +177,57 @@ def test_references_given_back(task, name, reference, solution):
     assert sum(reformatted(a) != a for a in answers) > 0.7 * len(rows)
     right = sum(grade(task, solution(row), row["answer"]) for row in rows)
     assert right >= 0.99 * len(rows)
+
+
+def test_pairs(request):
+    """Answers and references of grader_pairs.jsonl, each labelled by what is mathematically true of what is said last: one by one from the
+    references of GSM8K and MATH-500, from public reports of other graders' mistakes, and made up for every rule. Some right ones are known to
+    be missed, see test_what_is_missed; no wrong one may be taken."""
+    pairs = rows_of(Path(__file__).with_name("grader_pairs.jsonl"))
+    grades = [grade(pair["task"], f"<think>\nPerhaps 5?\n</think>\n\n{pair['answer']}", pair["reference"]) for pair in pairs]
+    taken = [pair for pair, got in zip(pairs, grades) if got and not pair["right"]]
+    missed = [pair for pair, got in zip(pairs, grades) if not got and pair["right"]]
+    right = sum(pair["right"] for pair in pairs)
+    request.node.user_properties.append(("measured", f"grader, {len(pairs):,} pairs: {len(taken)} of {len(pairs) - right} wrong answers taken, "
+                                                     f"{len(missed)} of {right:,} right ones missed ({100 * len(missed) / right:.1f}%)"))
+    assert len(pairs) >= 400 and len({(pair["task"], pair["answer"], pair["reference"]) for pair in pairs}) == len(pairs)
+    assert not taken
+    assert len(missed) <= 0.055 * right, missed
+
+
+BIG = "7" * 5000
+
+
+@pytest.mark.parametrize("answer, reference, right", [
+    (BIG, BIG, True), (BIG[:-1] + "8", BIG, False), ("18", BIG, False), (BIG, "18", False), ("0." + BIG, "0." + BIG, True),
+    ("1" + "0" * 4999, 10 ** 4999, True), ("1" + "0" * 4998, 10 ** 4999, False),
+    ("18", 18, True), ("18", 18.0, True), ("18.0", 18, True), ("0.0000001", 1e-7, True), ("10000000000000000000000", 1e22, True),
+    ("3, 5", [3, 5], True), ("3", [3, 5], False), ("18", float("nan"), False), ("18", float("inf"), False), ("18", None, False),
+    ("1", True, False), ("18", "", False), ("18", "\0\ud800", False),
+], ids=lambda value: repr(value)[:9] if isinstance(value, str | float) else type(value).__name__)
+def test_references_of_all_kinds(answer, reference, right):
+    """Numbers from JSON too, and numbers of more digits than Python turns into an int."""
+    for response in (f"\\boxed{{{answer}}}", f"The answer is {answer}."):
+        for task in ("math500", "gsm8k"):
+            assert grade(task, response, reference) is right
+
+
+HOSTILE = [                     # what could take long, run deep or raise
+    "{" * 10_000 + "18" + "}" * 10_000, "\\frac{1}{" * 10_000 + "2" + "}" * 10_000, "(" * 190 + "19" + ")" * 190, "\\sqrt{" * 55 + "2" + "}" * 55,
+    "2^{" * 90 + "2" + "}" * 90, "x^{" * 20 + "x" + "}" * 20, "9^{9^{9^9}}", "5^{5^{5^{5^5}}} - 4", "\\binom{10^9}{5\\cdot 10^8}", "10^{10^{10}}!", "100000000!",
+    "\\cos 10^{20000}", "e^{e^{e^{e^e}}}", "(7000!)^{14}", "\\sqrt[10^{20}]{2}", "0^{-1}", "\\frac{1}{0}", "(x+1)^{99999}", "x^{x^{x^x}}", "\\sin" * 12 + " x",
+    "\\cos(" * 12 + "x" + ")" * 12, "1/" * 190 + "2", "a  " * 130 + "!=5", "a - " * 90 + "!=5", "|" * 300, "_" * 300, "{" * 399, "\\pm" * 120, "," * 390, "1," * 190,
+    "\\text{" * 60 + "}" * 60, "[1,2]\\cup" * 40 + "[1,2]", "<" * 300, "1<x<" * 80 + "2", "x=" * 190 + "6", "-" * 390, "\\begin{pmatrix}" + "1&" * 150 + "\\end{pmatrix}",
+    "ab" * 190 + "!", "[3, -2)", "]", "\\}", "\\right)", "\\infty - \\infty", "\\frac{\\infty}{\\infty}", "\\tan\\frac{\\pi}{2}", "\\ln 0", "\\log_1 5", "\\overline{}", "0.\\overline{}"]
+LONG = ["A, " * 1_000, "A and " * 1_000, "(" * 10_000, " (a" * 6_000, "answer " * 3_000, "the answer is \\text{" * 1_000, "$a" * 10_000, "\\(" * 10_000, "\\[ 5 " * 4_000,
+        "Mr. " * 5_000, "#### " * 4_000, "<answer>" * 2_400, "\\boxed{1}, " * 1_800, "\\boxed{" * 1_000 + "5" + "}" * 1_000, "\\boxed" * 3_200, "**a" * 6_000,
+        "²" * 20_000, "½" * 20_000, "√" * 20_000, "1 000 " * 3_200, "- " * 10_000, "<sup>" * 4_000, "答案是" * 6_000]
+
+
+@pytest.mark.parametrize("answer", [f"\\boxed{{{text}}}" for text in HOSTILE] + LONG, ids=lambda answer: f"{len(answer)}:{answer[:20]!r}")
+def test_hostile_answers_and_references(tries, answer):
+    for task, reference in (("math500", "18"), ("gpqa", "E")):
+        with tries("attack"):
+            assert grade(task, answer, reference) is False
+    with tries("attack"):                                           # the same as a reference
+        assert grade("math500", "\\boxed{\\sqrt{18}}", answer.removeprefix("\\boxed{").removesuffix("}")) is False
