@@ -1,0 +1,48 @@
+"""
+Text as it looks, for what a guard reads: other characters can look like those of a guard's frame.
+
+    from data.text import LOOK_ALIKES, plain
+    plain("\u0410gent\u200b:\u2028safe")          # "Agent:\nsafe"
+"""
+import functools
+import re
+import unicodedata
+
+from thinksafe import is_hidden
+
+LINE_ENDS = "\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"        # those of str.splitlines beside \n
+# Letters and signs that look like a letter or sign of the guards' frames (from Unicode's
+# confusables.txt: Cyrillic, Greek, Armenian, Cherokee, phonetic small capitals).
+LOOK_ALIKES = str.maketrans({twin: sign for sign, twins in {
+    "a": "аɑαᴀ", "A": "АΑᎪ", "b": "ЬʙᏏ", "B": "ВΒᏴ", "c": "сϲᴄ", "C": "СϹᏟ", "d": "ԁᴅᏧ", "D": "Ꭰ",
+    "e": "еҽᴇ", "E": "ЕΕᎬ", "f": "ꜰք", "F": "Ϝ", "g": "ɡցɢ", "G": "ԌᏀ", "h": "һհʜᏂ", "H": "НΗᎻ",
+    "i": "іιıɩɪᎥ", "I": "ІΙӀ", "j": "јϳᴊ", "J": "ЈᎫ", "k": "κкᴋ", "K": "КΚᏦ", "l": "ӏǀʟ", "L": "Ꮮ",
+    "m": "ᴍм", "M": "МΜᎷ", "n": "ոռɴп", "N": "Ν", "o": "оοσօᴏ", "O": "ОΟՕ", "p": "рρᴘ", "P": "РΡᏢ",
+    "q": "ԛզ", "r": "гʀᴦ", "R": "ᎡƦ", "s": "ѕꜱƽ", "S": "ЅՏᏚ", "t": "τᴛт", "T": "ТΤᎢ",
+    "u": "υսʋᴜ", "U": "Ս", "v": "νѵᴠ", "V": "ѴᏙ", "w": "ԝաѡᴡ", "W": "ԜᎳ", "x": "хχ", "X": "ХΧ",
+    "y": "уүγʏ", "Y": "УΥҮ", "z": "ᴢ", "Z": "ΖᏃ", ":": "：∶ː꞉։׃܃⁚﹕", "<": "＜‹˂ᐸ❮〈⟨《", ">": "＞›˃ᐳ❯〉⟩》",
+    "[": "［❲〔【", "]": "］❳〕】", "/": "／⁄∕⧸", "|": "｜∣",
+}.items() for twin in twins})
+
+@functools.lru_cache(10_000)
+def _shown(c):
+    """Return "\\n" for a line end, "" for another hidden character, else the character."""
+    return "\n" if c in LINE_ENDS else "" if is_hidden(c) and c not in "\n\t" else c
+
+@functools.lru_cache(10_000)
+def _latin(c):
+    """Return the ASCII letters that a letter looks like, "" for an accent, else the character."""
+    marks = {p for p in unicodedata.normalize("NFKD", c) if unicodedata.category(p)[0] == "M"}
+    letters = "".join(p for p in unicodedata.normalize("NFKD", c) if p not in marks)
+    letters = letters.translate(LOOK_ALIKES)
+    return letters if (marks or c.isalpha()) and letters.isascii() else c
+
+def plain(text):
+    """Return a text as it looks: every line end is \\n, hidden characters are left out, and in a
+    word with a Latin letter those that only look Latin, or carry accents, are Latin letters."""
+    def word(match):
+        found = match[0]
+        if found.isascii() or not re.search("[A-Za-z]", unicodedata.normalize("NFKD", found)):
+            return found
+        return "".join(map(_latin, found))
+    return re.sub(r"\S+", word, "".join(map(_shown, text)))
