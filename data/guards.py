@@ -43,21 +43,22 @@ QWEN3GUARD_MARKS = (r"<(begin|end) (conversation|unsafe content categories|safet
                     r"refusal policy)>|only the last [^\w\n]{0,4}assistant's response")
 # Places where a guard may read that something else begins: a turn, a verdict, what it is asked.
 # Honest text has such places too, so a pair with them is judged part by part (see readings).
-# All of it is linear: what repeats is bounded, or one class from the start of a line on.
+# The time is linear: what repeats is bounded, or is one class from the start of a line on.
 OTHER = r"[^\nA-Za-z0-9]"                                  # not a letter of a word
 ROLE = (r"(user|human|person|customer|agent|ass[il1|]stant|ai|bot|chatbot|model|system|prompt|"
         r"response|harmful request)")
-WHO = r"\b(conversation|dialogue|agent|ass[il1|]stant|response|reply|answer)\b"
+WHO = r"\b(conversation|dialogue|agent|ass[il1|]stant|response|reply|answer)\b[^.!?\n]{0,60}\b"
 PLACES = "|".join((
-    rf"(?<![A-Za-z0-9]){ROLE}(?=[\W_])[^\nA-Za-z0-9:]{{0,8}}:", rf"^{OTHER}*{ROLE}{OTHER}*$",
+    rf"((?<![A-Za-z0-9])|(?<=\\[nrt])){ROLE}[^\nA-Za-z0-9:]{{0,8}}(:|(?<= )[-\u2013\u2014] )",
+    rf"^{OTHER}*{ROLE}({OTHER}*$| (said|says|replied|replies|answered|answers)\b)",
     rf"[<\[|]\W{{0,2}}{ROLE}\W{{0,2}}[>\]|]",
-    r"<\|[^|\n]{1,40}\|>|\[/?inst\]|<</?sys>>|<(start|end)_of_turn>|</?s>",
+    r"<\|[^|\n]{1,40}\|>|\[/?inst\]|<</?sys>>|<(start|end)_of_turn>|</?s>|</think>",
     rf"[<\[{{(]{OTHER}{{0,4}}(begin|end) [a-z0-9 _-]{{1,40}}[>\]}})]|(begin|end) conversation",
     rf"^{OTHER}*(safety{OTHER}*|verdict{OTHER}*)?(un)?safe{OTHER}*$",
     rf"\b(safety|refusal|verdict){OTHER}{{0,8}}:{OTHER}{{0,8}}(safe|unsafe|controversial|yes|no)\b",
-    rf"{WHO}[^.!?\n]{{0,60}}\b(refused|declined|(is|are|was) [a-z ]{{0,20}}(safe|harmless))\b",
+    rf"{WHO}(refused|declined|said|replied|answered|(is|are|was) [a-z ]{{0,20}}(safe|harmless))\b",
     r"first line must|answer with yes or no|the last [^\w\n]{0,4}ass[il1|]stant"))
-MAX_PARTS = 64
+MAX_PARTS, MAX_LEFT_OUT = 16, 40
 NO, YES = ("no", "No", " no", " No", "NO"), ("yes", "Yes", " yes", " Yes", "YES")
 SELF = Format(None, YES_NO % "help with something harmful", ("",), NO, YES, thinking=False,
               marks=YES_NO_MARKS)
@@ -87,10 +88,18 @@ def spoofs_guard(form, response):
     return bool(re.search(form.marks, plain(response).translate(LOOK_ALIKES), re.I))
 
 def split_at_places(form, text):
-    """Split a text, made plain, where the guard may read that something else begins."""
+    """Split a text, made plain, where the guard may read that something else begins.
+
+    Of the sentence in which it begins, up to MAX_LEFT_OUT characters before it go too. The first
+    </think>, which ends the reasoning, is no such place."""
     text, parts, end = plain(text), [], 0
+    reasoning_end = text.find("</think>")
     for match in re.finditer(f"{PLACES}|{form.marks}", text.translate(LOOK_ALIKES), re.I | re.M):
-        parts.append(text[end:match.start()])
+        if match.start() == reasoning_end:
+            continue
+        first = max(end, match.start() - MAX_LEFT_OUT)
+        sentences = re.split(r"(?<=[.!?\n])", text[first:match.start()])
+        parts.append(text[end:match.start() - len(sentences[-1])])
         end = match.end()
     return [*parts, text[end:]]
 

@@ -15,10 +15,10 @@ LINE_ENDS = "\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"        # those of str.splitline
 # confusables.txt: Cyrillic, Greek, Armenian, Cherokee, phonetic small capitals).
 LOOK_ALIKES = str.maketrans({twin: sign for sign, twins in {
     "a": "аɑαᴀ", "A": "АΑᎪ", "b": "ЬʙᏏ", "B": "ВΒᏴ", "c": "сϲᴄ", "C": "СϹᏟ", "d": "ԁᴅᏧ", "D": "Ꭰ",
-    "e": "еҽᴇ", "E": "ЕΕᎬ", "f": "ꜰք", "F": "Ϝ", "g": "ɡցɢ", "G": "ԌᏀ", "h": "һհʜᏂ", "H": "НΗᎻ",
-    "i": "іιıɩɪᎥ", "I": "ІΙӀ", "j": "јϳᴊ", "J": "ЈᎫ", "k": "κкᴋ", "K": "КΚᏦ", "l": "ӏǀʟ", "L": "Ꮮ",
-    "m": "ᴍм", "M": "МΜᎷ", "n": "ոռɴп", "N": "Ν", "o": "оοσօᴏ", "O": "ОΟՕ", "p": "рρᴘ", "P": "РΡᏢ",
-    "q": "ԛզ", "r": "гʀᴦ", "R": "ᎡƦ", "s": "ѕꜱƽ", "S": "ЅՏᏚ", "t": "τᴛт", "T": "ТΤᎢ",
+    "e": "еҽεєɛᴇ", "E": "ЕΕᎬ", "f": "ꜰք", "F": "Ϝ", "g": "ɡցɢ", "G": "ԌᏀ", "h": "һհʜᏂ", "H": "НΗᎻ",
+    "i": "іιıɩɪᎥ", "I": "ІΙӀ", "j": "јϳᴊ", "J": "ЈᎫ", "k": "κᴋ", "K": "КΚᏦ", "l": "ӏǀʟ", "L": "Ꮮ",
+    "m": "ᴍ", "M": "МΜᎷ", "n": "ոռɴ", "N": "Ν", "o": "оοσօᴏ", "O": "ОΟՕ", "p": "рρᴘ", "P": "РΡᏢ",
+    "q": "ԛզ", "r": "ʀᴦ", "R": "ᎡƦ", "s": "ѕꜱƽ", "S": "ЅՏᏚ", "t": "τᴛ", "T": "ТΤᎢ",
     "u": "υսʋᴜ", "U": "Ս", "v": "νѵᴠ", "V": "ѴᏙ", "w": "ԝաѡᴡ", "W": "ԜᎳ", "x": "хχ", "X": "ХΧ",
     "y": "уүγʏ", "Y": "УΥҮ", "z": "ᴢ", "Z": "ΖᏃ", ":": "：∶ː꞉։׃܃⁚﹕", "<": "＜‹˂ᐸ❮〈⟨《", ">": "＞›˃ᐳ❯〉⟩》",
     "[": "［❲〔【", "]": "］❳〕】", "/": "／⁄∕⧸", "|": "｜∣",
@@ -30,19 +30,21 @@ def _shown(c):
     return "\n" if c in LINE_ENDS else "" if is_hidden(c) and c not in "\n\t" else c
 
 @functools.lru_cache(10_000)
-def _latin(c):
-    """Return the ASCII letters that a letter looks like, "" for an accent, else the character."""
-    marks = {p for p in unicodedata.normalize("NFKD", c) if unicodedata.category(p)[0] == "M"}
-    letters = "".join(p for p in unicodedata.normalize("NFKD", c) if p not in marks)
+def _ascii(c):
+    """Return the ASCII that a character looks like, "" for an accent, else the character."""
+    parts = unicodedata.normalize("NFKD", c)
+    letters = "".join(part for part in parts if unicodedata.category(part)[0] != "M")
     letters = letters.translate(LOOK_ALIKES)
-    return letters if (marks or c.isalpha()) and letters.isascii() else c
+    return letters if letters.isascii() else c
 
 def plain(text):
-    """Return a text as it looks: every line end is \\n, hidden characters are left out, and in a
-    word with a Latin letter those that only look Latin, or carry accents, are Latin letters."""
+    """Return a text as it looks: every line end is \\n, hidden characters are left out, and a word
+    with a Latin letter, or that could be ASCII, has ASCII for all that looks like it."""
     def word(match):
         found = match[0]
-        if found.isascii() or not re.search("[A-Za-z]", unicodedata.normalize("NFKD", found)):
+        if found.isascii():
             return found
-        return "".join(map(_latin, found))
+        looks = "".join(map(_ascii, found))
+        latin = looks.isascii() or re.search("[A-Za-z]", unicodedata.normalize("NFKD", found))
+        return looks if latin else found
     return re.sub(r"\S+", word, "".join(map(_shown, text)))
