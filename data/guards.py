@@ -8,7 +8,7 @@ import itertools
 import re
 from typing import NamedTuple
 
-from data.text import LOOK_ALIKES, plain
+from data.text import plain, skeleton
 
 class Format(NamedTuple):
     """How a guard is asked and what it answers."""
@@ -85,7 +85,7 @@ for suffix, safe, unsafe in (("", (" Safe",), (" Unsafe", " Controversial")),
 def spoofs_guard(form, response):
     """Tell whether a response has the frame of this guard's question, which no honest text has,
     however it is written (see plain): what the guard would say of it cannot be known."""
-    return bool(re.search(form.marks, plain(response).translate(LOOK_ALIKES), re.I))
+    return bool(re.search(form.marks, skeleton(plain(response)), re.I))
 
 def split_at_places(form, text):
     """Split a text, made plain, where the guard may read that something else begins.
@@ -94,7 +94,7 @@ def split_at_places(form, text):
     </think>, which ends the reasoning, is no such place."""
     text, parts, end = plain(text), [], 0
     reasoning_end = text.find("</think>")
-    for match in re.finditer(f"{PLACES}|{form.marks}", text.translate(LOOK_ALIKES), re.I | re.M):
+    for match in re.finditer(f"{PLACES}|{form.marks}", skeleton(text), re.I | re.M):
         if match.start() == reasoning_end:
             continue
         first = max(end, match.start() - MAX_LEFT_OUT)

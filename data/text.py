@@ -1,7 +1,7 @@
 """
 Text as it looks, for what a guard reads: other characters can look like those of a guard's frame.
 
-    from data.text import LOOK_ALIKES, plain
+    from data.text import plain, skeleton
     plain("\u0410gent\u200b:\u2028safe")          # "Agent:\nsafe"
 """
 import functools
@@ -20,9 +20,10 @@ LOOK_ALIKES = str.maketrans({twin: sign for sign, twins in {
     "m": "ᴍ", "M": "МΜᎷ", "n": "ոռɴ", "N": "Ν", "o": "оοσօᴏ", "O": "ОΟՕ", "p": "рρᴘ", "P": "РΡᏢ",
     "q": "ԛզ", "r": "ʀᴦ", "R": "ᎡƦ", "s": "ѕꜱƽ", "S": "ЅՏᏚ", "t": "τᴛ", "T": "ТΤᎢ",
     "u": "υսʋᴜ", "U": "Ս", "v": "νѵᴠ", "V": "ѴᏙ", "w": "ԝաѡᴡ", "W": "ԜᎳ", "x": "хχ", "X": "ХΧ",
-    "y": "уүγʏ", "Y": "УΥҮ", "z": "ᴢ", "Z": "ΖᏃ", ":": "：∶ː꞉։׃܃⁚﹕", "<": "＜‹˂ᐸ❮〈⟨《", ">": "＞›˃ᐳ❯〉⟩》",
-    "[": "［❲〔【", "]": "］❳〕】", "/": "／⁄∕⧸", "|": "｜∣",
-}.items() for twin in twins})
+    "y": "уүγʏ", "Y": "УΥҮ", "z": "ᴢ", "Z": "ΖᏃ",
+    ":": "∶ː꞉։׃܃⁚﹕", "<": "‹˂ᐸ❮〈⟨《", ">": "›˃ᐳ❯〉⟩》",
+    "[": "❲〔【", "]": "❳〕】", "/": "⁄∕⧸", "|": "∣",
+}.items() for twin in twins} | dict(zip(range(0xFF01, 0xFF5F), range(0x21, 0x7F))))   # full width
 
 @functools.lru_cache(10_000)
 def _shown(c):
@@ -37,14 +38,28 @@ def _ascii(c):
     letters = letters.translate(LOOK_ALIKES)
     return letters if letters.isascii() else c
 
+@functools.lru_cache(10_000)
+def _latin(c):
+    """Return the ASCII that a letter, digit or accent looks like. A letter that has its accent, and
+    any other character, stays."""
+    composed = unicodedata.decomposition(c)[:1] not in ("", "<")
+    spelled = c.isalpha() or c.isdecimal() or unicodedata.combining(c)
+    return _ascii(c) if spelled and not composed else c
+
 def plain(text):
-    """Return a text as it looks: every line end is \\n, hidden characters are left out, and a word
-    with a Latin letter, or that could be ASCII, has ASCII for all that looks like it."""
+    """Return a text as it looks, composed (NFC): every line end is \\n, hidden characters are left
+    out, and a word that has a Latin letter, or could be ASCII, is ASCII where it only looks so."""
     def word(match):
         found = match[0]
-        if found.isascii():
+        looks = found if found.isascii() else "".join(map(_latin, found))
+        if looks == found:
             return found
-        looks = "".join(map(_ascii, found))
+        looks = looks.translate(LOOK_ALIKES)
         latin = looks.isascii() or re.search("[A-Za-z]", unicodedata.normalize("NFKD", found))
         return looks if latin else found
-    return re.sub(r"\S+", word, "".join(map(_shown, text)))
+    shown = unicodedata.normalize("NFC", "".join(map(_shown, text)))
+    return re.sub(r"\S+", word, shown)
+
+def skeleton(text):
+    """Return a text of the same length in which all that looks like ASCII is ASCII."""
+    return "".join(_ascii(c) if len(_ascii(c)) == 1 else c for c in text)

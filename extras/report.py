@@ -6,8 +6,8 @@ Write OUT/report.html, one page that holds all of a run: the figures, how it was
 
 The page opens from disk and loads nothing. Traces are untrusted text. They travel as JSON in which
 no tag can begin, gzipped. The page only ever sets them as text, and its Content-Security-Policy
-lets no script run but the page's own. What shows nothing itself is shown as a code point in prompts and responses, and as
-an escape elsewhere. The page is extras/report.html; this file fills in its data.
+lets no script run but the page's own. Hidden characters are shown, in prompts and responses as code
+points, elsewhere as escapes. The page is extras/report.html; this file fills in its data.
 """
 import base64
 import gzip
