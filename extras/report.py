@@ -154,7 +154,7 @@ def page_rows(rows, stage):
     out = {}
     for row in rows:
         texts = {key: clip(row[key]) for key in ("instruction", "response") if key in row}
-        row = {key: inert(clip(value)) for key, value in row.items() if value is not None} | texts
+        row = inert({key: clip(value) for key, value in row.items() if value is not None}) | texts
         prompt = {key: row.pop(key) for key in PROMPT_ROW_KEYS if key in row}
         page_row = out.setdefault(trace_key(prompt), {"stage": stage, **prompt, "traces": []})
         page_row["traces"].append(row)
