@@ -40,15 +40,15 @@ def _ascii(c):
 
 @functools.lru_cache(10_000)
 def _latin(c):
-    """Return the ASCII that a letter, digit or accent looks like. A letter that has its accent, and
-    any other character, stays."""
-    composed = unicodedata.decomposition(c)[:1] not in ("", "<")
+    """Return the ASCII that a letter or digit looks like, "" for an accent by itself. A letter that
+    comes with its accent stays, as does any other character."""
+    composed = re.match(r"\w+ \w", unicodedata.decomposition(c))
     spelled = c.isalpha() or c.isdecimal() or unicodedata.combining(c)
     return _ascii(c) if spelled and not composed else c
 
 def plain(text):
-    """Return a text as it looks, composed (NFC): every line end is \\n, hidden characters are left
-    out, and a word that has a Latin letter, or could be ASCII, is ASCII where it only looks so."""
+    """Return a text as it looks: every line end is \\n, hidden characters are left out, and a word
+    that has a Latin letter, or could be ASCII, is ASCII where it only looks so."""
     def word(match):
         found = match[0]
         looks = found if found.isascii() else "".join(map(_latin, found))
@@ -57,8 +57,7 @@ def plain(text):
         looks = looks.translate(LOOK_ALIKES)
         latin = looks.isascii() or re.search("[A-Za-z]", unicodedata.normalize("NFKD", found))
         return looks if latin else found
-    shown = unicodedata.normalize("NFC", "".join(map(_shown, text)))
-    return re.sub(r"\S+", word, shown)
+    return re.sub(r"\S+", word, "".join(map(_shown, text)))
 
 def skeleton(text):
     """Return a text of the same length in which all that looks like ASCII is ASCII."""
