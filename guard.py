@@ -20,7 +20,7 @@ import torch
 from data.chat import (
     decode_text, encode_continuation, encode_parts, encode_prompt, encode_response,
     rejection_reason, template_hash, think_prefix)
-from data.guards import GUARDS, REFUSAL, read_refusal, spoofs_guard
+from data.guards import GUARDS, REFUSAL, all_readings, read_refusal, severity, worst_of
 from data.rows import TRACE_KEYS, RowWriter, content_id, read_rows, write_rows
 from data.run_record import Stage, read_run
 from sample import Sampler
@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
     label: str                    # safe, unsafe or unknown
     p_unsafe: float | None        # P(words for unsafe) / P(words for both); None when unknown
     reason: str | None = None     # why it is unknown
-    n_tokens: int = 0             # tokens of the question, however often read
+    n_tokens: int = 0             # tokens of the question that decided, however often read
 
 VERDICT_TYPES = {"safe": (float, type(None)), "unsafe": (float, type(None)),
                  "unknown": (type(None), str)}    # of p_unsafe and reason in verdicts.jsonl
@@ -76,23 +76,21 @@ class Guard:
         """Judge pairs [(prompt, response), ...] -> [Verdict, ...], unsafe from the threshold on. Up
         to pack_tokens are read in one pass, and nothing is generated: the answers that a guard
         gives before the verdict (WildGuard: two) are guessed, and the pass that reads the verdict
-        also tells what the guard would have answered. A pair with a wrong guess goes once more."""
+        also tells what the guard would have answered. A pair with a wrong guess goes once more. The
+        worst verdict on a pair's `readings` counts. A pair without any is unknown: spoofs_guard."""
         self.model.prepack_weights()
+        pairs, counts = all_readings(self.form, pairs)
         texts = [self.encode(*pair) + self.guesses for pair in pairs]
-        verdicts, todo = [Verdict("unknown", None, "no_verdict", len(text)) for text in texts], []
-        for i, (_, response) in enumerate(pairs):
-            if spoofs_guard(self.form, response):
-                verdicts[i] = Verdict("unknown", None, "spoofs_guard")
-            elif len(texts[i]) > self.model.config.max_position_embeddings:
-                verdicts[i] = Verdict("unknown", None, "too_long_for_guard")
-            else:
-                todo.append(i)
+        verdicts = [Verdict("unknown", None, "too_long_for_guard")] * len(texts)
+        limit = self.model.config.max_position_embeddings
+        todo = [i for i, text in enumerate(texts) if len(text) <= limit]
         words = {*self.safe.tolist(), *self.unsafe.tolist()}
         for _ in self.answer_at:                     # each pass settles at least one more answer
             again = []
             for pack in split_packs(todo, lambda i: len(texts[i]), pack_tokens):
                 for i, answers, p_unsafe in zip(pack, *self._judge_pack([texts[i] for i in pack])):
                     guessed = texts[i].copy()
+                    verdicts[i] = Verdict("unknown", None, "no_verdict", len(guessed))
                     for at, answer in zip(self.answer_at[:-1], answers):
                         texts[i][-at] = answer
                     if texts[i] != guessed:
@@ -101,7 +99,7 @@ class Guard:
                         label = "unsafe" if p_unsafe >= threshold else "safe"
                         verdicts[i] = Verdict(label, p_unsafe, None, len(guessed))
             todo = again
-        return verdicts
+        return worst_of(verdicts, counts, severity, Verdict("unknown", None, "spoofs_guard"))
 
     @torch.inference_mode()
     def _judge_pack(self, texts):
@@ -133,8 +131,9 @@ class Guard:
         """Judge pairs -> [whether the response refuses to help, None where unknown, ...]."""
         if not (refusal := self.form.refusal):       # the guard does not tell: ask, yes or no
             return Guard(self.model, self.tokenizer, REFUSAL, self.name).is_unsafe(pairs)
-        return [None if spoofs_guard(self.form, response) else read_refusal(text, refusal)
-                for (_, response), text in zip(pairs, self.generate_answers(pairs))]
+        pairs, counts = all_readings(self.form, pairs)
+        found = [read_refusal(text, refusal) for text in self.generate_answers(pairs)]
+        return worst_of(found, counts, (False, None, True).index)
 
 def guard_format(name, student=None):
     """Find a guard -> (Format, folder, tokenizer). The name is a key of GUARDS, KEY=FOLDER, or a
@@ -178,8 +177,7 @@ def combine_verdicts(traces, log):
         verdicts[trace_key(row)][row["guard"]] = verdict
     for trace in traces:
         by_guard = verdicts[trace_key(trace)]
-        decisive = max(by_guard.values(), key=lambda verdict: (
-            ("safe", "unknown", "unsafe").index(verdict["label"]), verdict["p_unsafe"] or 0))
+        decisive = max(by_guard.values(), key=lambda verdict: severity(verdict.values()))
         row = {**trace, "response_label": decisive["label"], "p_unsafe": decisive["p_unsafe"],
                "guard": " + ".join(by_guard), "reason": decisive["reason"]}
         combined.append({**row, "verdicts": by_guard} if len(by_guard) > 1 else row)

@@ -710,12 +710,17 @@ def save_model(model, folder):
 class InputError(ValueError):
     """What a person can mend. The text is one line: what, in which file and row, what to do."""
 
+# Unicode's Default_Ignorable_Code_Point beyond its format characters, and Braille's blank cell.
+INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f"
+                       "\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]")
+
+def is_hidden(c):
+    """Tell whether a character shows nothing: default-ignorable, control, format, line end."""
+    return unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") or INVISIBLE.match(c)
+
 def escape_control_chars(text):
-    """Return text that is safe to show. Control and format characters, marks that turn the
-    direction of writing and lone surrogates become \\x1b and the like. Line ends stay."""
-    def hidden(c):
-        return c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return "".join(c.encode("unicode_escape").decode() if hidden(c) else c for c in str(text))
+    """Return text that is safe to show: hidden characters become \\x1b and the like. \\n stays."""
+    return "".join(ascii(c)[1:-1] if is_hidden(c) and c != "\n" else c for c in str(text))
 
 def cli(main):
     """Run a script's main(): what a person can mend ends in one line and exit code 2."""

@@ -24,6 +24,7 @@ import math
 import re
 import statistics
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -366,7 +367,7 @@ def comma_separated(methods):
     writer.writerow(["method", "seeds", *header])
     for name, row in methods.items():
         name = escape_control_chars(name)
-        if name.startswith(("=", "+", "-", "@")):         # a spreadsheet runs what begins like this
+        if re.match(r"\s*[-=+@]", unicodedata.normalize("NFKC", name)):    # a spreadsheet runs it
             name = "'" + name
         values = [(row.get(key) or {}).get(part, "") for key in keys for part in parts]
         writer.writerow([name, row["seeds"], *values])

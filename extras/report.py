@@ -6,7 +6,8 @@ Write OUT/report.html, one page that holds all of a run: the figures, how it was
 
 The page opens from disk and loads nothing. Traces are untrusted text. They travel as JSON in which
 no tag can begin, gzipped. The page only ever sets them as text, and its Content-Security-Policy
-lets no script run but the page's own. The page is extras/report.html; this file fills in its data.
+lets no script run but the page's own. Hidden characters are shown, in prompts and responses as code
+points, elsewhere as escapes. The page is extras/report.html; this file fills in its data.
 """
 import base64
 import gzip
@@ -139,12 +140,21 @@ def clip(value):
         return value
     return f"{value[:MAX_CHARS]}\n[{len(value) - MAX_CHARS:,} more characters are in the file]"
 
+def inert(value):
+    """Return JSON data with hidden characters escaped in all of its texts, keys too."""
+    if isinstance(value, dict):
+        return {escape_control_chars(key): inert(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [inert(item) for item in value]
+    return escape_control_chars(value) if isinstance(value, str) else value
+
 def page_rows(rows, stage):
     """Return traces as rows of the page, one for each prompt and k: what is said of the prompt,
-    then its traces (before, after)."""
+    then its traces (before, after). Of prompts and responses the page shows what is hidden."""
     out = {}
     for row in rows:
-        row = {key: clip(value) for key, value in row.items() if value is not None}
+        texts = {key: clip(row[key]) for key in ("instruction", "response") if key in row}
+        row = inert({key: clip(value) for key, value in row.items() if value is not None}) | texts
         prompt = {key: row.pop(key) for key in PROMPT_ROW_KEYS if key in row}
         page_row = out.setdefault(trace_key(prompt), {"stage": stage, **prompt, "traces": []})
         page_row["traces"].append(row)
@@ -224,7 +234,8 @@ def write_report(out, compare=(), max_mb=4.8):
                        "metrics.jsonl": len(metrics), "eval.jsonl": len(answers)},
              **summary(traces, answers)}
     try:
-        page = fill(PAGE.read_text("utf-8"), data=script_json(facts), traces=script_json(data))
+        page = fill(PAGE.read_text("utf-8"), data=script_json(inert(facts)),
+                    traces=script_json(data))
     except ValueError:
         raise InputError(f"{out}/run.json: a number in it is not finite; the stage that wrote it "
                          "must be run again")

@@ -20,7 +20,7 @@ HOSTILE = [
     "<img src=x onerror='window.pwned=1'><svg onload=window.pwned=1><iframe srcdoc='<script>parent.pwned=1</script>'>",
     "</textarea></title></style><a href='javascript:window.pwned=1'>click</a>&lt;b&gt; &#x3c;script>",
     "nul\0 escape \x1b[2J\x1b]0;title\x07 backspaces" + "\b" * 70000,
-    "bidi \u202egnp.exe\u202c \u2066x\u2069 zero\u200bwidth tag\U000e0041 lines\u2028and\u2029and\x85next",
+    "bidi \u202egnp.exe\u202c \u2066x\u2069 zero\u200bwidth\u200d\ufe0f\u034f\u3164\u2800 tag\U000e0041 lines\u2028and\u2029and\x85next",
     "{{traces}} {{data}} {{policy}} ${x} `y` \\ \" ' $& $1",
     "Z" + "\u0336\u0489" * 300 + " long" * 500 + "x" * 5000,
 ]
@@ -37,9 +37,9 @@ def trace(i, text="How?", **more):
             "steer": "default" if label.endswith("harmful") else "none", "finish_reason": "stop", "n_tokens": 20 + i % 50, **more}
 
 
-def judged(i, **more):
+def judged(i, text="How?", **more):
     unsafe, unknown = i % 10 == 3, i % 10 == 7
-    return trace(i, **{"response_label": "unsafe" if unsafe else "unknown" if unknown else "safe", "p_unsafe": None if unknown else 0.9 if unsafe else 0.01 * (i % 7),
+    return trace(i, text, **{"response_label": "unsafe" if unsafe else "unknown" if unknown else "safe", "p_unsafe": None if unknown else 0.9 if unsafe else 0.01 * (i % 7),
                        "guard": "tiny", "reason": "no_verdict" if unknown else None, "keep": not (unsafe or unknown), **more})
 
 
@@ -166,6 +166,21 @@ def test_page_parses_as_written(tries, tmp_path):
 
 
 @pytest.mark.trust
+@pytest.mark.trust
+def test_what_is_hidden_reaches_the_page_as_escapes(tries, tmp_path):
+    """Names, labels, reasons, keys of metrics: everywhere but in prompts and responses, which the page shows itself."""
+    hidden = "\u202e\u200d\ufe0f\u3164\u2800\U000e0041\x1b\u2028"
+    out = tmp_path / f"out{hidden}"
+    rows = [judged(i, "Hi" + hidden, reason=f"why{hidden}", source=hidden, **{hidden: [hidden]}) for i in range(4)]
+    write(out, (), rows, [{"step": 1, f"loss{hidden}": 1.0}], [answer(0, "after", task=hidden, set=hidden)], {**FIGURES, "judge": hidden}, sample=entry(model=hidden))
+    write_report(out)
+    page = Page(out / "report.html")
+    with tries("attack"):
+        assert not set(hidden) & set(json.dumps(page.facts, ensure_ascii=False)) and r"\\u202e" in json.dumps(page.facts)
+    with tries("attack"):
+        assert [row.pop("instruction") for row in page.rows][0] == rows[0]["instruction"] and not set(hidden) & set(json.dumps(page.rows, ensure_ascii=False))
+
+
 def test_nothing_is_loaded():
     text = (ROOT / "extras" / "report.html").read_text()
     assert re.findall(r"https?://[^\"\s]*", text) == ["http://www.w3.org/2000/svg"]
@@ -373,13 +388,13 @@ def test_hostile_rows_are_inert_and_visible(tries, visit, big):
                 page.locator("#trace .about", has_text=f"id {found}").first.wait_for()
                 assert page.locator("#trace article").count() == cards
                 seen = page.locator("#trace .prompt").text_content()
-                assert seen.startswith(text[:3]) and not re.search("[\0\x1b\x85\u202a-\u202e\u2028\u2066-\u2069\u200b\U000e0041]", seen)
+                assert seen.startswith(text[:3]) and not re.search("[\0\x1b\x85\u202a-\u202e\u2028\u2066-\u2069\u200b\u200d\ufe0f\u034f\u3164\u2800\U000e0041]", seen)
                 if i in (0, 1, 2, 3, 6):
                     assert seen == text
     page.fill("#text", "train-4")
     assert {"U+0000", "U+001B", "U+0007", "U+0008 ×70000"} <= set(page.locator("#trace .prompt .ctl").all_inner_texts())
     page.fill("#text", "eval-5")
-    assert {"U+202E", "U+2066", "U+200B", "U+E0041", "U+2028", "U+0085"} <= set(page.locator("#trace .prompt .ctl").all_inner_texts())
+    assert {"U+202E", "U+2066", "U+200B", "U+200D", "U+FE0F", "U+034F", "U+3164", "U+2800", "U+E0041", "U+2028", "U+0085"} <= set(page.locator("#trace .prompt .ctl").all_inner_texts())
     page.locator("#made summary").last.click()
     assert page.evaluate("window.pwned") is None and page.locator("script").count() == 3 and page.locator("img, iframe, a[href^=javascript]").count() == 0
     page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.pwned = 2'}))")
