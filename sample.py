@@ -10,7 +10,6 @@ Prompts -> the student's own traces, out/samples.jsonl.
 Harmful prompts are asked under a refusal instruction (--steer), benign prompts plainly. A row is
 written as soon as its trace is finished. A run that was stopped goes on where it was.
 """
-import argparse
 import json
 import math
 import sys
@@ -25,7 +24,7 @@ from data.columns import add_column_flags
 from data.generation import sampling_defaults
 from data.rows import TRACE_KEYS, RowWriter, content_id
 from data.run_record import Stage
-from data.sources import VERSIONS, label_counts, prompt_rows
+from data.sources import VERSIONS, add_shard_flag, label_counts, owns, prompt_rows
 from thinksafe import (
     REFUSAL_INSTRUCTIONS, TINY, InputError, add_refusal_instruction, choose_dtype, cli, is_harmful,
     is_tiny, load_model, make_parser, pack_ids, packed_attention, positive, progress, seed_value,
@@ -383,22 +382,6 @@ def add_sampling_flags(p):
     g.add_argument("--slots", type=positive, default=64, help="sequences decoded at a time")
     g.add_argument("--seed", type=seed_value, help="of the random draws (default: 0; later stages "
                    "take over that of sample.py)")
-
-def shard_of(text):
-    """An argparse type: "2/4" -> (2, 4), the second of four parts."""
-    i, n = map(int, text.split("/"))
-    if not 1 <= i <= n:
-        raise argparse.ArgumentTypeError(f"{text} is not one of 1/N, ..., N/N")
-    return i, n
-
-def add_shard_flag(p):
-    p.machine.add_argument("--shard", type=shard_of, metavar="I/N",
-                           help="only the I-th of N parts of the prompts, in a folder of its own; "
-                           "then: python -m extras.merge OUT OUT/shard-*")
-
-def owns(shard, prompt_id):
-    """Tell whether a prompt is in a shard (i, n), by a hash of its id. None has all prompts."""
-    return shard is None or int(content_id(prompt_id), 16) % shard[1] == shard[0] - 1
 
 # --------------------------------------------------------------------------------------------------
 # The stage

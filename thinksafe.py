@@ -484,9 +484,8 @@ def read_config(folder):
     from transformers import AutoConfig
     path = Path(folder) / "config.json"
     raw = {key: value for key, value in read_json(path).items() if "label" not in key}
-    for key in ("dtype", "torch_dtype"):
-        if isinstance(raw.get(key), str):
-            raw[key] = raw[key].removeprefix("torch.")
+    for key in {"dtype", "torch_dtype"} & raw.keys():
+        raw[key] = str(raw[key]).removeprefix("torch.") if raw[key] else None
     if isinstance(layers := raw.get("num_hidden_layers"), int) and layers > 1000:
         raise InputError(f"{path}: {layers} layers, no model has so many")     # lists of that size
     try:

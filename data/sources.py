@@ -13,6 +13,7 @@ A source is one of:
 Columns are recognized by name, see data/columns.py. VERSIONS records which version of each source
 this process has read. Data is read; code that comes with a data set is never run.
 """
+import argparse
 import codecs
 import csv
 import hashlib
@@ -425,3 +426,22 @@ def draw_examples(examples, skipped, limit, seed):
         skipped["not_drawn"] = len(examples) - limit
         examples = balanced_subset(examples, limit, seed)
     return examples
+
+# ---------------------------------------------------------------------------------------------
+# Shards: a part of the prompts
+
+def shard_of(text):
+    """An argparse type: "2/4" -> (2, 4), the second of four parts."""
+    i, n = map(int, text.split("/"))
+    if not 1 <= i <= n:
+        raise argparse.ArgumentTypeError(f"{text} is not one of 1/N, ..., N/N")
+    return i, n
+
+def add_shard_flag(p):
+    p.machine.add_argument("--shard", type=shard_of, metavar="I/N",
+                           help="only the I-th of N parts of the prompts, in a folder of its own; "
+                           "then: python -m extras.merge OUT OUT/shard-*")
+
+def owns(shard, prompt_id):
+    """Tell whether a prompt is in a shard (i, n), by a hash of its id. None has all prompts."""
+    return shard is None or int(content_id(prompt_id), 16) % shard[1] == shard[0] - 1

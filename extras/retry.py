@@ -11,9 +11,9 @@ this, and of their kept traces more are the guard's mistakes.
 from collections import Counter
 
 from data.rows import TRACE_KEYS, RowWriter, read_rows
-from data.sources import prompt_rows
-from sample import owns, sample_traces
 from data.run_record import Stage, read_run
+from data.sources import owns, prompt_rows
+from sample import sample_traces
 from thinksafe import (
     TINY, InputError, choose_dtype, cli, is_harmful, load_model, make_parser, positive, progress)
 

@@ -17,7 +17,7 @@ from data.benchmarks import paper_figures, read_evaluation
 from eval import (
     cluster_robust_interval, default_judge, judge_rows, mean_of, metrics, proportion, table,
     wilson, write_figures)
-from sample import owns
+from data.sources import owns
 from thinksafe import InputError, add_lora, load_model, lora_layers, save_lora
 
 # ---------------------------------------------------------------------------------------------

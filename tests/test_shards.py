@@ -5,7 +5,7 @@ import shutil
 import pytest
 from conftest import call, rows_of
 
-from sample import owns, shard_of
+from data.sources import owns, shard_of
 from data.rows import content_id
 from data.run_record import read_run
 
