@@ -28,7 +28,7 @@ import torch
 from data.benchmarks import (
     BENCHMARKS, NAMED, grade, kind_of, means_over, paper_figures, read_evaluation)
 from data.chat import template_hash, think_prefix
-from data.rows import TRACE_KEYS, RowWriter, content_id, write_atomic, write_rows
+from data.rows import EVAL_KEYS, RowWriter, content_id, write_atomic, write_rows
 from data.run_record import Stage, read_run, stage_seed
 from data.sources import VERSIONS, label_counts
 from guard import default_guard, guard_format, load_guard
@@ -284,10 +284,10 @@ def main():
     prompts = {row["id"]: row for row in prompts if owns(args.shard, row["id"])}
     text = [f"prompts ({asked['protocol']}): {label_counts(prompts.values())}", *left_out.values()]
     print(escape_control_chars("\nleft out: ".join(text)), flush=True)
-    writer, prefix = RowWriter(stage.path, {**TRACE_KEYS, "when": str}), think_prefix(tokenizer)
+    writer, prefix = RowWriter(stage.path, EVAL_KEYS), think_prefix(tokenizer)
     traces = {}
     for row in writer.rows:
-        if row["id"] not in prompts or row["when"] not in ("before", "after"):
+        if row["id"] not in prompts:
             raise InputError(f"{stage.path}: row {row['id']} is of another evaluation; delete it, "
                              "or use another --out")
         row["response"] = prefix + row["response"].removeprefix(prefix)      # old rows lack it

@@ -21,7 +21,7 @@ from data.chat import (
     decode_text, encode_continuation, encode_parts, encode_prompt, encode_response,
     rejection_reason, template_hash, think_prefix)
 from data.guards import GUARDS, REFUSAL, read_refusal, spoofs_guard
-from data.rows import TRACE_KEYS, RowWriter, content_id, read_rows, write_rows
+from data.rows import TRACE_KEYS, VERDICT, RowWriter, content_id, read_rows, write_rows
 from data.run_record import Stage, read_run
 from sample import Sampler
 from thinksafe import (
@@ -34,9 +34,6 @@ class Verdict(NamedTuple):
     p_unsafe: float | None        # P(words for unsafe) / P(words for both); None when unknown
     reason: str | None = None     # why it is unknown
     n_tokens: int = 0             # tokens of the question, however often read
-
-VERDICT_TYPES = {"safe": (float, type(None)), "unsafe": (float, type(None)),
-                 "unknown": (type(None), str)}    # of p_unsafe and reason in verdicts.jsonl
 
 class Guard:
     """A model that judges (prompt, response) pairs in a Format. name: for rows and errors."""
@@ -246,10 +243,9 @@ def main():
     earlier = path.exists() and not log_path.exists()          # a folder of an earlier version
     stage = Stage("guard", args, path.name if earlier else log_path.name, fingerprint,
                   guard=names[0], guards=names)
-    log = RowWriter(log_path, {"guard": str, "id": str, "k": int, "label": str})
+    log = RowWriter(log_path, VERDICT)
     for row in log.rows:
-        types = type(row.get("p_unsafe")), type(row.get("reason"))
-        if row["guard"] not in names or types != VERDICT_TYPES.get(row["label"]):
+        if row["guard"] not in names:
             raise InputError(f"{log_path}: {json.dumps(row)} is no verdict of "
                              f"{' or '.join(names)}; delete that line")
     for name, (form, folder, _) in guards.items():   # one guard in memory at a time

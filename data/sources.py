@@ -27,7 +27,7 @@ from collections import Counter
 from pathlib import Path
 
 from data.rows import PROMPT_KEYS, atomic_path, check_row, content_id, parse_row, read_rows
-from thinksafe import LABELS, InputError, escape_control_chars
+from thinksafe import LABELS, InputError, escape_control_chars, read_regular
 
 GITHUB = "https://raw.githubusercontent.com"
 HARMBENCH = f"{GITHUB}/centerforaisafety/HarmBench/8e1604d1171fe8a48d8febecd22f600e462bdcdd"
@@ -123,7 +123,7 @@ def read_file(path):
     if suffix not in READERS:
         raise InputError(f"{path}: the name of a file of rows ends in {' '.join(READERS)}")
     try:
-        rows = READERS[suffix](path.read_bytes(), path)
+        rows = READERS[suffix](read_regular(path), path)
     except InputError:
         raise
     except OSError as e:
@@ -222,7 +222,7 @@ def load_rows(source):
         raise InputError(f"{source}: no such file; name one, a URL, owner/name of a hub data set, "
                          f"or one of {', '.join(SETS)}")
     rows = read_file(path)
-    VERSIONS[source] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    VERSIONS[source] = hashlib.sha256(read_regular(path)).hexdigest()[:16]
     if is_run:      # in an order that does not depend on which trace was finished first
         rows.sort(key=lambda row: (str(row.get("id")), str(row.get("k"))))
     return rows

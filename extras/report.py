@@ -18,8 +18,9 @@ import statistics
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from data.rows import TRACE_KEYS, content_id, read_rows, write_atomic
-from data.run_record import read_run
+from data.rows import (
+    EVAL_KEYS, GUARDED_KEYS, METRIC_KEYS, TRACE_KEYS, content_id, read_rows, write_atomic)
+from data.run_record import read_eval, read_run
 from eval import wilson
 from thinksafe import (
     LABELS, HelpFormatter, InputError, Parser, bounded, cli, escape_control_chars, trace_key)
@@ -28,49 +29,6 @@ PAGE = Path(__file__).with_suffix(".html")
 MAX_CHARS = 200_000                 # of one text that the page shows
 # These are the same in all traces of a prompt.
 PROMPT_ROW_KEYS = ("id", "k", "set", "instruction", "prompt_label", "task", "answer")
-
-def read_traces(path, required=None):
-    """Read the rows of samples.jsonl, guarded.jsonl or eval.jsonl, [] without that file.
-
-    required: keys beyond TRACE_KEYS. Raises InputError that names the row."""
-    rows = read_rows(path, {**TRACE_KEYS, **(required or {})}, growing=True)
-    for number, row in enumerate(rows, 1):
-        kinds = {"p_unsafe": float | int | None, "reason": str | None}
-        wrong = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
-        if row.get("when") not in (None, "before", "after"):
-            wrong.append("when")
-        if wrong:
-            raise InputError(f"{path}, row {number}: {wrong[0]} is not what a stage writes; mend "
-                             "or delete that line")
-    return rows
-
-def read_figures(out):
-    """Read OUT/eval.json, None without that file -> {"judge", "guard", "before": {metric:
-    {percent, low, high, ...}}, "after": likewise, "paper": {when: {metric: percent}}}.
-
-    Raises InputError if something else is in it."""
-    path, figures = out / "eval.json", {}
-    keys = ("percent", "low", "high", "n", "unknown", "problems")
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        values = []
-        for when in ("before", "after"):
-            figures[when] = {}
-            for name, figure in found[when].items():
-                figures[when][name] = {key: figure.get(key) for key in keys}
-                values += figures[when][name].values()
-        paper = {when: dict(percents) for when, percents in (found.get("paper") or {}).items()}
-        for percents in paper.values():
-            values += percents.values()
-        for value in values:
-            if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
-                raise ValueError
-        return {"judge": str(found.get("judge")), "guard": str(found.get("guard")), **figures,
-                "paper": paper}
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise InputError(f"{path}: not figures of eval.py; run eval.py again")
 
 def curves(rows, max_points=500):
     """Return rows of metrics.jsonl as {"every", "step": [...], "lines": {name: [...]}}.
@@ -200,15 +158,15 @@ def write_report(out, compare=(), max_mb=4.8):
 
     Raises InputError for a file that is damaged or missing."""
     out, run = Path(out), read_run(out)
-    samples = read_traces(out / "samples.jsonl")
-    guarded = read_traces(out / "guarded.jsonl", {"response_label": str})
-    answers = read_traces(out / "eval.jsonl", {"set": str, "when": str})
-    metrics = read_rows(out / "metrics.jsonl", growing=True)
+    samples, guarded, answers, metrics = (
+        read_rows(out / f"{name}.jsonl", required, growing=True) for name, required in (
+            ("samples", TRACE_KEYS), ("guarded", GUARDED_KEYS), ("eval", EVAL_KEYS),
+            ("metrics", METRIC_KEYS)))
     if not (run or samples or guarded or answers or metrics):
         raise InputError(f"{out}: nothing to report there; run python sample.py --out {out} first")
     runs = []
     for folder in map(Path, (out, *compare)):
-        figures = read_figures(folder)
+        figures = read_eval(folder)
         if figures:
             runs.append({"name": str(folder), **figures})
         elif folder != out:
