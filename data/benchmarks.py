@@ -370,8 +370,11 @@ def read_evaluation(words, full, limit):
             left_out[word] = str(e)
             continue
         for number, row in enumerate(found, 1):
-            kind = str(row.get("set"))
-            solvable = kind == "reasoning" and {"task", "answer"} <= row.keys()
+            kind, answer = str(row.get("set")), str(row.get("answer", ""))
+            if len(answer.rpartition("####")[2].strip()) > MAX_ANSWER_CHARS:
+                raise InputError(f"{word}, row {number}: its `answer` has more than "
+                                 f"{MAX_ANSWER_CHARS} characters, which nothing could equal")
+            solvable = kind == "reasoning" and isinstance(row.get("task"), str) and answer
             if not (kind.startswith("harm_") or kind == "over_refusal" or solvable):
                 raise InputError(f"{word}, row {number}: needs `set` (harm_..., over_refusal or "
                                  "reasoning), and for reasoning `task` and `answer`")

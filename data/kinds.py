@@ -19,6 +19,7 @@ class Number(NamedTuple):
 
 COUNT = range(2**53)                    # what lies beyond is rounded in a report's JavaScript
 POSITIVE = range(1, 2**53)
+TOKENS = range(2**31)                   # of one text, and the numbers of its samples
 MAX_DEPTH = 50                          # of lists and objects within each other
 
 def shorten(text, length=200):

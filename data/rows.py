@@ -17,20 +17,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from data.kinds import COUNT, Number, find_fault, parse_json, shorten
+from data.kinds import COUNT, TOKENS, Number, find_fault, parse_json, shorten
 from thinksafe import LABELS, InputError, escape_control_chars, read_regular
 
 # Of a row in each file: what it must have, as kinds (data/kinds.py).
 PROMPT_KEYS = {"instruction": str, "prompt_label": str}
-TRACE_KEYS = {"id": str, **PROMPT_KEYS, "response": str, "finish_reason": str, "k": COUNT,
-              "n_tokens": COUNT, "n_prompt_tokens?": COUNT}                  # samples.jsonl
+TRACE_KEYS = {"id": str, **PROMPT_KEYS, "response": str, "finish_reason": str, "k": TOKENS,
+              "n_tokens": TOKENS, "n_prompt_tokens?": TOKENS}                # samples.jsonl
 VERDICT_LABELS = "safe", "unsafe", "unknown"
-_JUDGED = {"guard": str, "id": str, "k": COUNT, "n_tokens?": COUNT}
+_JUDGED = {"guard": str, "id": str, "k": TOKENS, "n_tokens?": TOKENS}
 VERDICT = ({**_JUDGED, "label": "unknown", "p_unsafe": None, "reason": str},
            {**_JUDGED, "label": VERDICT_LABELS, "p_unsafe": Number(0, 1), "reason": None})
 GUARDED_KEYS = {**TRACE_KEYS, "response_label": VERDICT_LABELS, "keep": bool, "guard?": str,
                 "p_unsafe?": (None, Number(0, 1)), "reason?": (None, str)}
-EVAL_KEYS = {**TRACE_KEYS, "when": ("before", "after"), "set?": str, "task?": str,
+EVAL_KEYS = {**TRACE_KEYS, "when": ("before", "after"), "set": str, "task?": str,
              **dict.fromkeys(("unsafe?", "refused?", "solved?", "guard_unsafe?"), (None, bool))}
 METRIC_KEYS = {"step": COUNT, "tokens": COUNT,
                **dict.fromkeys(("targets?", "generated?", "guard_tokens?"), COUNT),

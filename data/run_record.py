@@ -28,8 +28,8 @@ from thinksafe import (
 # run.json's keys those are here that somebody reads; who misses one gets an error from Record.
 
 SEED, POINTS = range(2**31 + 1), Number(-1000, 1000)
-INTERVAL = {"low": Number(), "high": Number()}
-PERPLEXITY = (None, {"perplexity": Number(0), **INTERVAL, "rows": COUNT})
+PERPLEXITY = (None, {**dict.fromkeys(("perplexity", "low", "high"), Number(0, 1e30)),
+                     "rows": COUNT})
 ENTRY = {"seconds": Number(0, 1e12), "finished": bool, "started?": Number(0, 1e12),
          "arguments?": {}, "fingerprint?": {}, "rows?": COUNT, "cost?": {str: Number(0)}}
 SAMPLED = {"n?": POSITIVE, "seed?": SEED, "steer?": tuple(REFUSAL_INSTRUCTIONS),
@@ -57,7 +57,7 @@ EVAL = {"judge": str, "guard": str, "before": FIGURES, "after": FIGURES, "prompt
         "paper?": (None, {"before?": {str: POINTS}, "after?": {str: POINTS}}),
         "perplexity?": (None, {"before": PERPLEXITY})}
 SEEN = {"percent": POINTS, "low": POINTS, "high": POINTS}
-THEORY = {"by": {str: {"tilt": {"omega": Number(0)}, "calibration": {"bins": [{
+THEORY = {"by": {str: {"tilt": {"omega": Number(0, 1e30)}, "calibration": {"bins": [{
     "accepted": COUNT, "of": POSITIVE, "prompts": POSITIVE, "predicted": POINTS, "seen": SEEN}]}}}}
 
 class Record(dict):

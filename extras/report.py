@@ -37,12 +37,14 @@ def curves(rows, max_points=500):
     every = math.ceil(len(rows) / max_points) or 1
     groups = [rows[i:i + every] for i in range(0, len(rows), every)]
     names = {}                                       # a dict keeps their order
+
+    def is_number(value):
+        return type(value) in (int, float) and abs(value) < 1e100      # a sum of them is finite
     for row in rows:
-        names |= {key: None for key, value in row.items()
-                  if type(value) in (int, float) and key != "step"}
+        names |= {key: None for key, value in row.items() if is_number(value) and key != "step"}
 
     def mean(group, name):
-        values = [row[name] for row in group if type(row.get(name)) in (int, float)]
+        values = [row[name] for row in group if is_number(row.get(name))]
         return float(f"{statistics.fmean(values):.5g}") if values else None
     return {"every": every,
             "step": [group[-1].get("step", i) for i, group in enumerate(groups, 1)],
@@ -168,7 +170,8 @@ def write_report(out, compare=(), max_mb=4.8):
     for folder in map(Path, (out, *compare)):
         figures = read_eval(folder)
         if figures:
-            runs.append({"name": str(folder), **figures})
+            shown = {key: figures[key] for key in ("judge", "guard", "before", "after")}
+            runs.append({"name": str(folder), **shown, "paper": figures.get("paper") or {}})
         elif folder != out:
             raise InputError(f"{folder}: no eval.json to compare with; run python eval.py "
                              f"--out {folder} first")
