@@ -106,7 +106,7 @@ def merge(name, out, runs, folders):
         entry["fingerprint"]["samples"] = content_id(json.dumps(traces))
     if name == "eval":
         entry |= write_figures(out, rows, reports[0]["judge"], reports[0]["guard"],
-                               reports[0]["prompts"], entries[0]["models"]["before"])
+                               reports[0].get("prompts", {}), entries[0]["models"]["before"])
     write_atomic(out / "run.json", json.dumps({**read_run(out), name: entry}, indent=1))
 
 def main():
