@@ -123,7 +123,7 @@ def check_checkpoint(state, trainable, optimizer):
     fault = find_fault(metrics, [{**METRIC_KEYS, "loss": Number()}])
     if fault or [row["step"] for row in metrics] != [*range(1, len(metrics) + 1)] or not metrics:
         raise ValueError(f"metrics: {fault}")
-    json.dumps(metrics, allow_nan=False)
+    parse_json(json.dumps(metrics).encode())         # what is written must be read again
     own = optimizer.state_dict()["param_groups"]
     if [{**group, "lr": 0} for group in own] != [{**x, "lr": 0} for x in saved["param_groups"]]:
         raise ValueError("optimizer: of other parameters, or with other settings")

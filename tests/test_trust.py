@@ -598,11 +598,11 @@ def test_what_killed_writers_leave_does_not_pile_up(undisturbed, tries, tmp_path
         write_atomic(out / "report.html", "newer")
         assert not kept.exists() and (out / "report.html").read_text() == "newer"
     with tries("fault"):                                                  # an error on the way leaves what was there
-        with pytest.raises(ZeroDivisionError), new_folder(out / "model"):
-            1 / 0
-        with pytest.raises(ZeroDivisionError), atomic_path(out / "report.html") as beside:
+        with pytest.raises(KeyError), new_folder(out / "model"):
+            raise KeyError
+        with pytest.raises(KeyError), atomic_path(out / "report.html") as beside:
             beside.write_text("half")
-            1 / 0
+            raise KeyError
         assert not [*out.glob(".*.tmp")] and not (out / "model").exists() and (out / "report.html").read_text() == "newer"
 
 
@@ -672,39 +672,30 @@ def test_edited_files_end_in_one_line(undisturbed, side_by_side, some, tmp_path,
             content = "".join(json.dumps(row) + "\n" if row is not value else content + "\n" for row in lines)
         readers = READERS[file]
         jobs.append((undisturbed, readers[(len(jobs) + i) % len(readers)], file, content, tmp_path / str(len(jobs))))
-    side_by_side(read_edited, some(jobs, 9))
+    side_by_side(read_edited, some(jobs, 4))
 
 
 @pytest.mark.parametrize("file", READERS)
 def test_files_that_are_something_else_end_in_one_line(undisturbed, side_by_side, some, tmp_path, file):
     contents = ["", "null", "5", "[]", "{}", "[{}]", "\x00", "[" * 200_000, '{"a":' * 200_000, "\ufeff{}", '"x"', '{"a": 1}\n{"a"']
-    side_by_side(read_edited, some([(undisturbed, script, file, content, tmp_path / f"{script} {i}") for i, content in enumerate(contents) for script in READERS[file]], 4))
+    side_by_side(read_edited, some([(undisturbed, script, file, content, tmp_path / f"{script} {i}") for i, content in enumerate(contents) for script in READERS[file]], 1))
 
 
-@pytest.mark.parametrize("change", [{"metrics": 5}, {"step": 2**70}, {"tokens": -1}, {"loss": float("nan")}, {"loss": 10**400}, {"note": torch.zeros(2)}, {"nested": 1},
-                                    {"betas": (0.9, "x")}, {"exp_avg": 1}, {"exp_avg_sq": -1.0}, {"moment_step": -1.0}, {"moment_step": "x"}, {"exp_avg_inf": float("inf")}])
-def test_checkpoints_that_would_fail_later(undisturbed, tries, tmp_path, change):
+LATER = [("metrics", 5), ("step", 2**70), ("tokens", -1), ("loss", float("nan")), ("loss", 10**400), ("note", torch.zeros(2)), ("nested", functools.reduce(lambda inner, _: [inner], range(100), 1)),
+         ("betas", (0.9, "x")), ("step", "x"), ("exp_avg", lambda m: m[:1].clone()), ("exp_avg_sq", lambda m: m - 1), ("exp_avg", lambda m: m / 0), ("step", lambda m: m - 9), ("step", lambda m: "x")]
+
+
+def test_checkpoints_that_would_fail_later(undisturbed, tries, some, tmp_path):
     """What no step could be taken with is seen before the first."""
-    out = before_the_end(undisturbed, tmp_path)
-    state = checkpoint_in(out)
-    row, (key, value) = state["metrics"][0], *change.items()
-    moments = next(iter(state["optimizer"]["state"].values()))
-    if key == "metrics":
-        state[key] = value
-    elif key == "nested":
-        row["nested"] = functools.reduce(lambda inner, _: [inner], range(900), 1)
-    elif key == "betas":
-        state["optimizer"]["param_groups"][0][key] = value
-    elif key == "moment_step":
-        moments["step"] = torch.tensor(value) if value != "x" else value
-    elif key.startswith("exp_avg"):
-        name = key.removesuffix("_inf")
-        moments[name] = moments[name][:1].clone() if value == 1 else torch.full_like(moments[name], value)
-    else:
-        row[key] = value
-    torch.save(state, out / "checkpoint.pt")
-    with tries("fault"):
-        assert "checkpoint.pt: damaged" in one_line(call(*FLAGS["train"], "--out", out)) and not (out / "model").exists()
+    for key, value in some(LATER, 4):
+        out = before_the_end(undisturbed, tmp_path)
+        state = checkpoint_in(out)
+        moments = next(iter(state["optimizer"]["state"].values()))
+        part = moments if callable(value) else {"metrics": state, "betas": state["optimizer"]["param_groups"][0]}.get(key, state["metrics"][0])
+        part[key] = value(moments[key]) if callable(value) else value
+        torch.save(state, out / "checkpoint.pt")
+        with tries("fault"):
+            assert "checkpoint.pt: damaged" in one_line(call(*FLAGS["train"], "--out", out)) and not (out / "model").exists()
 
 
 @pytest.mark.parametrize("answer", ["1" * 5000, "x" * 401, "#### " + "9" * 500])
@@ -763,7 +754,9 @@ def test_files_that_are_none_are_not_waited_for(undisturbed, tries, some, tmp_pa
         shutil.copytree(undisturbed["eval"], out)
         if file == "checkpoint.pt":
             out = before_the_end(undisturbed, tmp_path)
-        make_odd((tmp_path / "joined" if script == "merge" and file == ".lock" else out) / file, kind) if script != "merge" or file != ".lock" else None
+        where = tmp_path / "joined" if (file, script) == (".lock", "merge") else out
+        where.mkdir(exist_ok=True)
+        make_odd(where / file, kind)
         with tries("fault"):
             said = ends(FINISHED[script](out))
             assert said[0] == 0 or file in one_line(said), (file, script, said)      # who has no need of it ends well
@@ -828,8 +821,8 @@ def test_what_is_replaced_is_not_written_through_a_link(undisturbed, tries, tmp_
         before = {p: p.read_bytes() for p in mine.iterdir()}
         with tries("attack"):
             done = call(*FINISHED[script](out))
-            if file in ("model", "../joined/samples.jsonl"):
-                assert file.rpartition("/")[2] in one_line(done)
+            if file == "model":
+                assert "model: a link to another folder" in one_line(done)
             else:
                 assert done.returncode == 0 and (file == "run.json" or not path.is_symlink()), (file, done.stderr)
             assert {p: p.read_bytes() for p in mine.iterdir()} == before
@@ -877,11 +870,15 @@ def test_whatever_is_raised_ends_in_one_line(tries, monkeypatch, capsys, error, 
         assert ("Traceback" in capsys.readouterr().err) == (code in (1, 2))
 
 
-def streams(prepare, lines=1):
-    """A main() that prints, in a copy of this process in which `prepare` has changed the streams -> its exit code."""
+def streams(prepare, encoding="utf-8", lines=1):
+    """A main() that prints, in a copy of this process whose streams are those that `prepare` leaves -> its exit code."""
     def task():
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         prepare()
+        for number, name in enumerate(("stdin", "stdout", "stderr")):     # as the interpreter does
+            try:
+                setattr(sys, name, open(number, "w" if number else "r", encoding=encoding, closefd=False))
+            except OSError:
+                setattr(sys, name, None)
 
         def main():
             for _ in range(lines):
@@ -890,21 +887,18 @@ def streams(prepare, lines=1):
         try:
             cli(main)
         except SystemExit as e:
-            with contextlib.suppress(OSError):                            # as the interpreter does in the end
-                sys.stdout.flush()
+            try:
+                sys.stdout.flush()                                        # as in the end
                 return e.code
-            return "stdout still fails"
+            except OSError:
+                return "stdout still fails"
     code, said = forked(task)
     assert code == 0
     return said
 
 
 def closed(*numbers):
-    def prepare():
-        for number in numbers:
-            os.close(number)
-            setattr(sys, ("stdin", "stdout", "stderr")[number], None)
-    return prepare
+    return lambda: [os.close(number) for number in numbers]
 
 
 def without_a_reader():
@@ -913,19 +907,19 @@ def without_a_reader():
     os.dup2(into, 1)
 
 
-@pytest.mark.parametrize("prepare, code", [
-    (closed(1), 0), (closed(2), 0), (closed(0, 1, 2), 0), (without_a_reader, 141), (lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1), 2),
-    *((lambda name=name: sys.stdout.reconfigure(encoding=name, errors="strict"), 0) for name in ("ascii", "latin-1", "cp1252", "utf-16"))],
-    ids=["no stdout", "no stderr", "no streams", "head", "full", "ascii", "latin-1", "cp1252", "utf-16"])
-def test_odd_streams(tries, prepare, code):
+@pytest.mark.parametrize("prepare, encoding, code", [
+    (closed(1), "utf-8", 0), (closed(2), "utf-8", 0), (closed(0, 1, 2), "utf-8", 0), (without_a_reader, "utf-8", 141), (lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1), "utf-8", 2),
+    *((lambda: None, name, 0) for name in ("ascii", "latin-1", "cp1252", "utf-16"))], ids=["no stdout", "no stderr", "no streams", "head", "full", "ascii", "latin-1", "cp1252", "utf-16"])
+def test_odd_streams(tries, prepare, encoding, code):
     for lines in (1, 3):
         with tries("fault"):
-            assert streams(prepare, lines) == code
+            assert streams(prepare, encoding, lines) == code
 
 
 def test_no_file_takes_the_place_of_a_closed_stream(tries, tmp_path):
     def task():
         closed(1, 2)()
+        sys.stdout = sys.stderr = None
 
         def main():
             writer = RowWriter(tmp_path / "rows.jsonl")
