@@ -21,7 +21,7 @@ from data.chat import (
     decode_text, encode_continuation, encode_parts, encode_prompt, encode_response,
     rejection_reason, template_hash, think_prefix)
 from data.guards import GUARDS, REFUSAL, read_refusal, spoofs_guard
-from data.rows import TRACE_KEYS, VERDICT, RowWriter, content_id, read_rows, write_rows
+from data.rows import TRACE_KEYS, RowWriter, content_id, read_rows, verdict_of, write_rows
 from data.run_record import Stage, read_run
 from sample import Sampler
 from thinksafe import (
@@ -243,11 +243,7 @@ def main():
     earlier = path.exists() and not log_path.exists()          # a folder of an earlier version
     stage = Stage("guard", args, path.name if earlier else log_path.name, fingerprint,
                   guard=names[0], guards=names)
-    log = RowWriter(log_path, VERDICT)
-    for row in log.rows:
-        if row["guard"] not in names:
-            raise InputError(f"{log_path}: {json.dumps(row)} is no verdict of "
-                             f"{' or '.join(names)}; delete that line")
+    log = RowWriter(log_path, verdict_of(names))
     for name, (form, folder, _) in guards.items():   # one guard in memory at a time
         judged = {trace_key(row) for row in log.rows if row["guard"] == name}
         todo = [trace for trace in traces if trace_key(trace) not in judged]

@@ -13,7 +13,6 @@ Text travels packed: the tokens of several documents stand in one row of length 
 """
 import argparse
 import contextlib
-import errno
 import functools
 import gc
 import hashlib
@@ -712,8 +711,8 @@ def escape_control_chars(text):
     return "".join(c.encode("unicode_escape").decode() if hidden(c) else c for c in str(text))
 
 def cli(main):
-    """Run a script's main(). An error ends in one line, and exit code 2 if a person can mend it, 1
-    if it is a fault of this program. THINKSAFE_DEBUG=1 shows the traceback too."""
+    """Run a script's main(). An error is one line, and exit code 2 if a person can mend it, 1 if it
+    is a fault in here, 141 if stdout's reader has left. THINKSAFE_DEBUG=1 shows the traceback."""
     def on_sigterm(*_):
         raise SystemExit(143)
     signal.signal(signal.SIGTERM, on_sigterm)
@@ -730,10 +729,8 @@ def cli(main):
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         code = 130
-    except BrokenPipeError:                          # `| head` has read enough
-        code = 141
     except BaseException as e:                       # a panic of tokenizers is no Exception
-        error, code = str(e) or type(e).__name__, 2
+        error, code = str(e) or type(e).__name__, 141 if isinstance(e, BrokenPipeError) else 2
         if isinstance(e, torch.OutOfMemoryError):
             error = f"out of GPU memory; use fewer --slots or --pack-tokens ({e})"
         elif not isinstance(e, InputError | OSError | SafetensorError | MemoryError):
@@ -744,8 +741,8 @@ def cli(main):
         sys.stdout.flush()
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if not code:
-            error, code = (None, 141) if e.errno == errno.EPIPE else (str(e), 2)
+        if not code:                                 # `| head` has read enough, or the disk is full
+            error, code = (None, 141) if isinstance(e, BrokenPipeError) else (str(e), 2)
     if error:
         print("error: " + escape_control_chars(" ".join(error.split())), file=sys.stderr)
     raise SystemExit(code)

@@ -36,6 +36,10 @@ METRIC_KEYS = {"step": COUNT, "tokens": COUNT,
                **dict.fromkeys(("targets?", "generated?", "guard_tokens?"), COUNT),
                **dict.fromkeys(("loss?", "ce?", "kl?", "reverse_kl?"), Number())}
 
+def verdict_of(guards):
+    """Return the kind of a row of verdicts.jsonl that one of the guards (names) gave."""
+    return tuple({**kind, "guard": tuple(guards)} for kind in VERDICT)
+
 def content_id(*parts):
     """Return 16 hex digits that depend on the text alone, whatever the order of the rows."""
     return hashlib.blake2b("\0".join(parts).encode("utf-8"), digest_size=8).hexdigest()
