@@ -43,7 +43,7 @@ RUN = {
     "sample?": {**ENTRY, "model?": str, "fingerprint?": SAMPLED, "sources?": {}, "arguments?": {
         "prompts?": TEXT, "label?": (None, *LABELS), "limit?": (None, POSITIVE), "steer?": str}},
     "guard?": {**ENTRY, "guard?": str, "guards?": [str], "kept?": {str: COUNT},
-               "fingerprint?": {"threshold?": Number(0, 1), "keep?": ("safe", "unanimous")}},
+               "fingerprint?": {"threshold?": Number(0, 1), "keep?": str}},
     "train?": {**ENTRY, "model?": str, "steps?": COUNT, "labels?": {str: COUNT},
                "skipped?": {str: COUNT}, "fingerprint?": TRAINED, "arguments?": {
                    "data?": TEXT, "label?": (None, *LABELS), "teacher?": TEXT, "guard?": TEXT,

@@ -36,10 +36,11 @@ def main():
     g.add_argument("--slots", type=positive, default=64, help="sequences decoded at a time")
     args = p.parse_args()
     run = read_run(args.out)
-    sampled, judged = run.get("sample", {}), run.get("guard", {})
+    judged = run.get("guard", {})
     if not (judged.get("finished") and judged["fingerprint"]["keep"] == "safe"):
         raise InputError(f"{args.out}: retries go by what guard.py kept; run it first, with "
                          "--keep safe")
+    sampled = run["sample"]
     how, given = sampled["fingerprint"], sampled["arguments"]
     model, tokenizer = load_model(sampled["model"], args.device, choose_dtype(args), args.quantize)
     stage = Stage("sample", args, "samples.jsonl", {
