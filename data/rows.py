@@ -27,7 +27,7 @@ TRACE_KEYS = {"id": str, **PROMPT_KEYS, "response": str, "finish_reason": str, "
 VERDICT_LABELS = "safe", "unsafe", "unknown"
 _JUDGED = {"guard": str, "id": str, "k": TOKENS, "n_tokens?": TOKENS}
 VERDICT = ({**_JUDGED, "label": "unknown", "p_unsafe": None, "reason": str},
-           {**_JUDGED, "label": VERDICT_LABELS, "p_unsafe": Number(0, 1), "reason": None})
+           {**_JUDGED, "label": ("safe", "unsafe"), "p_unsafe": Number(0, 1), "reason": None})
 GUARDED_KEYS = {**TRACE_KEYS, "response_label": VERDICT_LABELS, "keep": bool, "guard?": str,
                 "p_unsafe?": (None, Number(0, 1)), "reason?": (None, str)}
 EVAL_KEYS = {**TRACE_KEYS, "when": ("before", "after"), "set": str, "task?": str,

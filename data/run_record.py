@@ -32,7 +32,7 @@ PERPLEXITY = (None, {**dict.fromkeys(("perplexity", "low", "high"), Number(0, 1e
                      "rows": COUNT})
 ENTRY = {"seconds": Number(0, 1e12), "finished": bool, "started?": Number(0, 1e12),
          "arguments?": {}, "fingerprint?": {}, "rows?": COUNT, "cost?": {str: Number(0)}}
-SAMPLED = {"n?": POSITIVE, "seed?": SEED, "steer?": tuple(REFUSAL_INSTRUCTIONS),
+SAMPLED = {"n?": POSITIVE, "seed?": SEED, "steer?": str,
            "temperature?": Number(0, 100), "top_p?": Number(0, 1), "top_k?": COUNT,
            "max_new_tokens?": POSITIVE, "kv_bits?": (8, 16), "shard?": (None, [POSITIVE])}
 TRAINED = {"seed?": SEED, "full?": bool, "lora_r?": POSITIVE, "lora_targets?": str,
@@ -102,6 +102,15 @@ def stage_seed(args, run):
     """Return the seed of a later stage: the flag --seed, else the seed of sample.py."""
     earlier = run.get("sample", {}).get("fingerprint", {}).get("seed", 0)
     return earlier if args.seed is None else args.seed
+
+def steer_of(sampled):
+    """Return the name of the refusal instruction in the record of sample.py. Raises InputError for
+    one that thinksafe.py does not have."""
+    steer = sampled["fingerprint"]["steer"]
+    if steer not in REFUSAL_INSTRUCTIONS:
+        raise InputError(f"run.json: no refusal instruction {shorten(steer)} in thinksafe.py; there "
+                         f"are {', '.join(REFUSAL_INSTRUCTIONS)}")
+    return steer
 
 def _git(*words):
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):

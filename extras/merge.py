@@ -42,6 +42,8 @@ def shards_in_order(runs, name):
                                  f"{first} with {shorten(before.get(key))}; these are not shards "
                                  "of one run")
         shard = tuple(run[sharded]["fingerprint"].get("shard") or (1, 1))
+        if len(shard) != 2:
+            raise InputError(f"{folder}: run.json: a shard is [i, n], not {shorten(shard)}")
         if shard in numbers:
             raise InputError(f"{folder} and {numbers[shard]} both hold shard "
                              f"{shard[0]}/{shard[1]}; name one of them")

@@ -13,7 +13,7 @@ from collections import Counter
 from data.rows import TRACE_KEYS, RowWriter, read_rows
 from data.sources import prompt_rows
 from sample import owns, sample_traces
-from data.run_record import Stage, read_run
+from data.run_record import Stage, read_run, steer_of
 from thinksafe import (
     TINY, InputError, choose_dtype, cli, is_harmful, load_model, make_parser, positive, progress)
 
@@ -53,7 +53,7 @@ def main():
     guarded = read_rows(args.out / "guarded.jsonl", {"id": str, "keep": bool})
     todo = []
     for row, k in prompts_to_retry(prompts, writer.rows, guarded, how["n"] + args.n):
-        steer = how["steer"] if is_harmful(row["prompt_label"]) else "none"
+        steer = steer_of(sampled) if is_harmful(row["prompt_label"]) else "none"
         todo.append({**row, "k": k, "seed": how["seed"], "steer": steer})
     options = {key: how[key] for key in ("temperature", "top_p", "top_k", "max_new_tokens")}
     rows = writer.rows

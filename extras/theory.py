@@ -36,7 +36,7 @@ from data.kinds import TOKENS, Number
 from data.rows import (
     GUARDED_KEYS, METRIC_KEYS, TRACE_KEYS, RowWriter, content_id, read_rows, write_atomic,
     write_rows)
-from data.run_record import Stage, read_run, stage_seed
+from data.run_record import Stage, read_run, stage_seed, steer_of
 from eval import proportion
 from extras.perplexity import perplexity, training_examples
 from guard import guard_format, load_guard
@@ -553,7 +553,7 @@ def main():
     args.max_new_tokens = args.max_new_tokens or sampled["fingerprint"]["max_new_tokens"]
     student = resolve_model(args.before or train.get("model") or sampled["model"]).name
     trained = args.model or (args.out / "model" if train.get("finished") else None)
-    steer = sampled["fingerprint"]["steer"]
+    steer = steer_of(sampled)
     steer = "default" if steer == "none" else steer
     prompts = {row["id"]: {key: row[key] for key in ("id", "instruction", "prompt_label")}
                for row in read_rows(args.out / "guarded.jsonl", GUARDED_KEYS)
