@@ -108,8 +108,8 @@ def steer_of(sampled):
     one that thinksafe.py does not have."""
     steer = sampled["fingerprint"]["steer"]
     if steer not in REFUSAL_INSTRUCTIONS:
-        raise InputError(f"run.json: no refusal instruction {shorten(steer)} in thinksafe.py; there "
-                         f"are {', '.join(REFUSAL_INSTRUCTIONS)}")
+        raise InputError(f"run.json: thinksafe.py has no refusal instruction {shorten(steer)}, but "
+                         + ", ".join(REFUSAL_INSTRUCTIONS))
     return steer
 
 def _git(*words):
