@@ -28,7 +28,7 @@ import torch
 from data.benchmarks import (
     BENCHMARKS, NAMED, grade, kind_of, means_over, paper_figures, read_evaluation)
 from data.chat import template_hash
-from data.rows import TRACE_KEYS, RowWriter, content_id, write_atomic, write_rows
+from data.rows import EVAL_KEYS, RowWriter, content_id, write_atomic, write_rows
 from data.run_record import Stage, read_run, stage_seed
 from data.sources import VERSIONS, add_shard_flag, label_counts, owns
 from guard import default_guard, guard_format, load_guard
@@ -284,9 +284,9 @@ def main():
     prompts = {row["id"]: row for row in prompts if owns(args.shard, row["id"])}
     text = [f"prompts ({asked['protocol']}): {label_counts(prompts.values())}", *left_out.values()]
     print(escape_control_chars("\nleft out: ".join(text)), flush=True)
-    writer, traces = RowWriter(stage.path, {**TRACE_KEYS, "when": str}), {}
+    writer, traces = RowWriter(stage.path, EVAL_KEYS), {}
     for row in writer.rows:
-        if row["id"] not in prompts or row["when"] not in ("before", "after"):
+        if row["id"] not in prompts:
             raise InputError(f"{stage.path}: row {row['id']} is of another evaluation; delete it, "
                              "or use another --out")
         traces[row["id"], row["when"], row["k"]] = row | prompts[row["id"]]

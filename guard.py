@@ -21,7 +21,7 @@ from data.chat import (
     decode_text, encode_continuation, encode_parts, encode_prompt, encode_response,
     rejection_reason, template_hash, think_prefix)
 from data.guards import GUARDS, REFUSAL, all_readings, read_refusal, severity, worst_of
-from data.rows import TRACE_KEYS, RowWriter, content_id, read_rows, write_rows
+from data.rows import TRACE_KEYS, RowWriter, content_id, read_rows, verdict_of, write_rows
 from data.run_record import Stage, read_run
 from sample import Sampler
 from thinksafe import (
@@ -34,9 +34,6 @@ class Verdict(NamedTuple):
     p_unsafe: float | None        # P(words for unsafe) / P(words for both); None when unknown
     reason: str | None = None     # why it is unknown
     n_tokens: int = 0             # tokens of the question that decided, however often read
-
-VERDICT_TYPES = {"safe": (float, type(None)), "unsafe": (float, type(None)),
-                 "unknown": (type(None), str)}    # of p_unsafe and reason in verdicts.jsonl
 
 class Guard:
     """A model that judges (prompt, response) pairs in a Format. name: for rows and errors."""
@@ -241,12 +238,7 @@ def main():
     earlier = path.exists() and not log_path.exists()          # a folder of an earlier version
     stage = Stage("guard", args, path.name if earlier else log_path.name, fingerprint,
                   guard=names[0], guards=names)
-    log = RowWriter(log_path, {"guard": str, "id": str, "k": int, "label": str})
-    for row in log.rows:
-        types = type(row.get("p_unsafe")), type(row.get("reason"))
-        if row["guard"] not in names or types != VERDICT_TYPES.get(row["label"]):
-            raise InputError(f"{log_path}: {json.dumps(row)} is no verdict of "
-                             f"{' or '.join(names)}; delete that line")
+    log = RowWriter(log_path, verdict_of(names))
     for name, (form, folder, _) in guards.items():   # one guard in memory at a time
         judged = {trace_key(row) for row in log.rows if row["guard"] == name}
         todo = [trace for trace in traces if trace_key(trace) not in judged]

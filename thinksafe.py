@@ -23,8 +23,11 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
+import tempfile
 import time
+import traceback
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -435,6 +438,8 @@ def resolve_model(name):
                 if not path.resolve().is_relative_to(_storage_root(folder)):
                     raise InputError(f"{path}: a link out of its model's folder, to "
                                      f"{os.path.realpath(path)}; put the file itself there")
+                if path.exists() and not (path.is_file() or path.is_dir()):
+                    raise InputError(f"{path}: not a regular file; move it away")
             return ResolvedModel(str(folder), folder)
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
     if not hub or Path(name).exists():
@@ -471,10 +476,17 @@ def model_hash(folder):
                 h.update(hashlib.file_digest(f, "sha256").digest())
     return h.hexdigest()[:16]
 
+def read_regular(path):
+    """Return the bytes of a regular file. Raises OSError for all else: nobody waits for a FIFO."""
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as f:
+        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+            raise OSError(22, "not a regular file")
+        return f.read()
+
 def read_json(path):
     """Return the object in a JSON file. Raises InputError if there is none."""
     try:
-        return {**json.loads(Path(path).read_text("utf-8"))}
+        return {**json.loads(read_regular(path).decode("utf-8"))}
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{path}: missing, or not a JSON object ({e})")
 
@@ -678,16 +690,20 @@ def free_memory():
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """Give a new folder to fill, which then takes the place of `folder` by renaming."""
-    def remove(path):
-        path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+    """Give a new folder to fill, which then takes the place of `folder` by renaming: readers see
+    the old one, for a moment none, or the new one, whole, and writers do not meet."""
     folder = Path(folder)
-    new = folder.with_name(folder.name + ".tmp")
-    remove(new)
-    new.mkdir(parents=True)
-    yield new
-    remove(folder)                                   # killed here: run train.py once more
-    os.replace(new, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(".tmp", f".{folder.name}.", folder.parent, True) as beside:
+        new = Path(beside) / "new"
+        new.mkdir()                                  # with the permissions that umask gives
+        yield new
+        for i in range(99):                          # others may put theirs there in between
+            with contextlib.suppress(OSError):
+                os.rename(folder, f"{beside}/{i}")
+            with contextlib.suppress(OSError):
+                return os.rename(new, folder)
+        os.rename(new, folder)
 
 def save_model(model, folder):
     """Write a full Hugging Face folder, with the config, tokenizer and dtype of the source. LoRA
@@ -722,21 +738,41 @@ def escape_control_chars(text):
     return "".join(ascii(c)[1:-1] if is_hidden(c) and c != "\n" else c for c in str(text))
 
 def cli(main):
-    """Run a script's main(): what a person can mend ends in one line and exit code 2."""
+    """Run a script's main(). An error is one line, and exit code 2 if a person can mend it, 1 if it
+    is a fault in here, 141 if stdout's reader has left. THINKSAFE_DEBUG=1 shows the traceback."""
     def on_sigterm(*_):
         raise SystemExit(143)
     signal.signal(signal.SIGTERM, on_sigterm)
+    for name in ("stdin", "stdout", "stderr"):       # `>&-`: else a file of rows would be stdout
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))
+    with contextlib.suppress(AttributeError):        # a terminal may know no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
+    error, code = None, 0
     try:
-        return main()
+        main()
+    except SystemExit as e:
+        code = e.code
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130)
-    except torch.OutOfMemoryError as e:
-        error = f"out of GPU memory; use fewer --slots or --pack-tokens ({str(e).splitlines()[0]})"
-    except (InputError, OSError, SafetensorError) as e:        # OSError: disk full, no permission
-        error = " ".join(str(e).split())
-    print("error: " + escape_control_chars(error), file=sys.stderr)
-    raise SystemExit(2)
+        code = 130
+    except BaseException as e:                       # a panic of tokenizers is no Exception
+        error, code = str(e) or type(e).__name__, 141 if isinstance(e, BrokenPipeError) else 2
+        if isinstance(e, torch.OutOfMemoryError):
+            error = f"out of GPU memory; use fewer --slots or --pack-tokens ({e})"
+        elif not isinstance(e, InputError | OSError | SafetensorError | MemoryError):
+            error, code = f"{type(e).__name__}: {error:.300} (THINKSAFE_DEBUG=1 shows more)", 1
+        if "THINKSAFE_DEBUG" in os.environ:
+            traceback.print_exc()
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not code:                                 # `| head` has read enough, or the disk is full
+            error, code = (None, 141) if isinstance(e, BrokenPipeError) else (str(e), 2)
+    if error:
+        print("error: " + escape_control_chars(" ".join(error.split())), file=sys.stderr)
+    raise SystemExit(code)
 
 @contextlib.contextmanager
 def progress(what, total, unit, done=0, silent=False):
@@ -786,8 +822,6 @@ def make_parser(doc):
     """Return an ArgumentParser with the flags of every stage, in its group `machine`."""
     p = Parser(description=doc, formatter_class=HelpFormatter)
     gpu = torch.cuda.is_available()
-    if gpu and "LOCAL_RANK" in os.environ:           # torchrun: "cuda" is this process's own GPU
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     p.machine = g = p.add_argument_group("folder and machine")
     g.add_argument("--out", type=Path, default=Path("out"), help="folder of all stages of a run")
     g.add_argument("--device", choices=("cpu", "cuda")[:1 + gpu], default="cuda" if gpu else "cpu",

@@ -13,15 +13,12 @@ Rows are packed without padding and do not see each other. The loss of a step is
 target tokens and divided by their number, so packing changes speed, not the loss (up to rounding,
 and to which dropout mask a pass draws).
 """
-import contextlib
 import functools
 import json
 import math
-import os
 import sys
 import time
 from collections import Counter
-from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -30,8 +27,9 @@ import torch.distributed as dist
 from data.benchmarks import describe_rows
 from data.chat import encode_training_pair, normalize_think_tags, rejection_reason, template_hash
 from data.columns import add_column_flags
-from data.rows import RowWriter, atomic_path, content_id, write_rows
-from data.run_record import Stage, check_fingerprint, read_run, stage_seed
+from data.ranks import join_ranks, other_ranks
+from data.rows import RowWriter, atomic_path, content_id, refuse_link, write_rows
+from data.run_record import Stage, check_checkpoint, check_fingerprint, read_run, stage_seed
 from data.sources import VERSIONS, draw_examples, read_training_rows, training_rows
 from thinksafe import (
     InputError, add_lora, bounded, choose_dtype, cli, escape_control_chars, free_memory,
@@ -159,28 +157,6 @@ def frozen_reference(model, mixed=False):
             return target_hidden_states(model, examples, mixed)[0]
     return reference
 
-# Several processes train one model: torchrun's ranks
-
-def join_ranks(device):
-    """Meet torchrun's other processes -> (rank, number of ranks), (0, 1) without torchrun. Only
-    rank 0 prints to stdout."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        with other_ranks():
-            backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-@contextlib.contextmanager
-def other_ranks():
-    """In this block ranks wait for each other. Raises InputError when one of them has stopped."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as e:
-        raise InputError("another rank has stopped or was never met; start with torchrun, the same "
-                         f"command goes on from the last checkpoint ({str(e).split('. ')[0]})")
-
 # --------------------------------------------------------------------------------------------------
 # The training loop
 
@@ -206,13 +182,11 @@ def load_checkpoint(path, trainable, optimizer, fingerprint):
     """Load OUT/checkpoint.pt into the parameters and the optimizer -> metrics of the steps so far.
     Raises InputError for a checkpoint that is damaged or of another run."""
     try:
+        refuse_link(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         check_fingerprint(path.with_name("metrics.jsonl"), state["fingerprint"], fingerprint)
-        assert trainable.keys() == state["params"].keys()
-        steps = [row["step"] for row in state["metrics"] if row.keys() >= {"tokens", "loss"}]
-        assert steps and steps == list(range(1, len(state["metrics"]) + 1))
+        check_checkpoint(state, trainable, optimizer)
         for name, value in state["params"].items():
-            assert value.shape == trainable[name].shape
             trainable[name].data.copy_(value)
         optimizer.load_state_dict(state["optimizer"])
         return state["metrics"]

@@ -263,7 +263,8 @@ def read_evaluation(words, full, limit):
             continue
         for number, row in enumerate(found, 1):
             kind = str(row.get("set"))
-            solvable = kind == "reasoning" and has_value(row, "task") and has_value(row, "answer")
+            is_task = isinstance(row.get("task"), str) and has_value(row, "task")
+            solvable = kind == "reasoning" and is_task and has_value(row, "answer")
             if not (kind.startswith("harm_") or kind == "over_refusal" or solvable):
                 raise InputError(f"{word}, row {number}: needs `set` (harm_..., over_refusal or "
                                  "reasoning), and for reasoning `task` and `answer`")

@@ -5,73 +5,84 @@ Rows: JSON lines that stages read, append to and derive from each other.
     traces = read_rows("out/samples.jsonl", TRACE_KEYS)
 """
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
+import shutil
+import stat
 import sys
-from collections import Counter
+import tempfile
+import time
 from pathlib import Path
 
-from thinksafe import LABELS, InputError, escape_control_chars
+from data.kinds import COUNT, TOKENS, Number, find_fault, parse_json, shorten
+from thinksafe import LABELS, InputError, escape_control_chars, read_regular
 
+# Of a row in each file: what it must have, as kinds (data/kinds.py).
 PROMPT_KEYS = {"instruction": str, "prompt_label": str}
-TRACE_KEYS = {"id": str, **PROMPT_KEYS, "response": str, "finish_reason": str, "k": int,
-              "n_tokens": int}
+TRACE_KEYS = {"id": str, **PROMPT_KEYS, "response": str, "finish_reason": str, "k": TOKENS,
+              "n_tokens": TOKENS, "n_prompt_tokens?": TOKENS, "eos?": str}        # samples.jsonl
+VERDICT_LABELS = "safe", "unsafe", "unknown"
+_JUDGED = {"guard": str, "id": str, "k": TOKENS, "n_tokens?": TOKENS}
+VERDICT = ({**_JUDGED, "label": "unknown", "p_unsafe": None, "reason": str},
+           {**_JUDGED, "label": ("safe", "unsafe"), "p_unsafe": Number(0, 1), "reason": None})
+GUARDED_KEYS = {**TRACE_KEYS, "response_label": VERDICT_LABELS, "keep": bool, "guard?": str,
+                "p_unsafe?": (None, Number(0, 1)), "reason?": (None, str)}
+EVAL_KEYS = {**TRACE_KEYS, "when": ("before", "after"), "set": str, "task?": str,
+             **dict.fromkeys(("unsafe?", "refused?", "solved?", "guard_unsafe?"), (None, bool))}
+METRIC_KEYS = {"step": COUNT, "tokens": COUNT,
+               **dict.fromkeys(("targets?", "generated?", "guard_tokens?"), COUNT),
+               **dict.fromkeys(("loss?", "ce?", "kl?", "reverse_kl?"), Number())}
+
+def verdict_of(guards):
+    """Return the kind of a row of verdicts.jsonl that one of the guards (names) gave."""
+    return tuple({**kind, "guard": tuple(guards)} for kind in VERDICT)
 
 def content_id(*parts):
     """Return 16 hex digits that depend on the text alone, whatever the order of the rows."""
     return hashlib.blake2b("\0".join(parts).encode("utf-8"), digest_size=8).hexdigest()
 
-def unique_keys(pairs):
-    """Make an object of JSON. Raises ValueError for a key that stands in it twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        key = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        raise ValueError(f"the key {key!r} is there twice")
-    return found
-
-def parse_json(text, **options):
-    """Parse JSON, as json.loads does; raises ValueError also for a key that is there twice."""
-    return json.loads(text, object_pairs_hook=unique_keys, **options)
-
 def parse_row(line, where):
     """Parse one line of JSON (bytes) -> dict. Raises InputError that names `where`."""
-    def reject(constant):
-        raise ValueError(f"{constant} is not JSON")
     try:
-        row = parse_json(line.decode("utf-8"), parse_constant=reject)
-        json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")     # can be written
-    except (ValueError, RecursionError) as e:
+        row = parse_json(line)
+        json.dumps(row, ensure_ascii=False).encode("utf-8")          # can be written again
+    except ValueError as e:
         raise InputError(f"{where}: not a line of JSON in UTF-8 ({e}); mend or delete that line")
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return row
 
 def check_row(row, required, where):
-    """Raise InputError unless a row has the required {key: type}, some text and a known label."""
-    for key, kind in required.items():
-        value = row.get(key)
-        if type(value) is not kind or key == "instruction" and not value.strip():
-            raise InputError(f"{where}: {key} must be {kind.__name__} and not empty, it is "
-                             f"{value!r}; found the keys {', '.join(row) or '(none)'}")
-    if "prompt_label" in required and row["prompt_label"] not in LABELS:
-        raise InputError(f"{where}: prompt_label is {row['prompt_label']!r}, not one of "
-                         f"{', '.join(LABELS)}")
+    """Raise InputError unless a row is of the kind `required`, with some text and a known label."""
+    fault = find_fault(row, required)
+    if not fault and "instruction" in required and not row["instruction"].strip():
+        fault = "instruction must be str and not empty"
+    if not fault and "prompt_label" in required and row["prompt_label"] not in LABELS:
+        label = shorten(repr(row["prompt_label"]))
+        fault = f"prompt_label is {label}, not one of {', '.join(LABELS)}"
+    if fault:
+        raise InputError(f"{where}: {fault}; mend or delete that row")
 
 def read_rows(path, required=None, growing=False):
     """Read the rows (dicts) of a JSONL file.
 
-    required: {key: type} that each row must have, such as TRACE_KEYS. growing: a stage may still be
-    writing, so no file is no rows, and text after the last line end is left out. Raises InputError
-    for a missing file, or one that names the line that is wrong."""
+    required: the kind of each row, such as TRACE_KEYS. growing: a stage may still be writing, so
+    no file is no rows, and text after the last line end is left out. Raises InputError for a
+    missing file, for what is no regular file, or one that names the line that is wrong."""
     path = Path(path)
     if growing and not path.exists():
         return []
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        data = read_regular(path)
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})")
-    rows = []
+    return _parse_rows(data, path, required, growing)
+
+def _parse_rows(data, path, required, growing=False):
+    lines, rows = data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), []
     for number, line in enumerate(lines[:-1] if growing else lines, 1):
         if line.strip():
             rows.append(parse_row(line, f"{path}:{number}"))
@@ -81,23 +92,35 @@ def read_rows(path, required=None, growing=False):
 def _json_lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
 
+def refuse_link(path):
+    """Raise InputError if `path`, to which something is to be written, is a link or no file: what
+    lies behind a link belongs to somebody else."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise InputError(f"{path}: a link, or not a regular file; move it away")
+
 class RowWriter:
     """Appends rows to a JSONL file, whole: a kill can lose the last row but never part it.
 
     `rows` holds what the file had before. A last line without line end, from a process that was
-    killed inside a write, is cut off with a warning. Raises InputError for a damaged file."""
+    killed inside a write, is cut off with a warning. Raises InputError for a damaged file, and for
+    a link, which is not followed."""
 
     def __init__(self, path, required=None):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "ab", buffering=0)
-        whole = self.path.read_bytes()
+        refuse_link(self.path)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        self.file = open(self.path, "a+b", buffering=0,
+                         opener=lambda path, _: os.open(path, flags, 0o666))
+        self.file.seek(0)
+        whole = self.file.read()
         end = whole.rfind(b"\n") + 1
         if end < len(whole):
             print(escape_control_chars(f"warning: {path}: the last line is incomplete, it is made "
                                        "again"), file=sys.stderr)
             self.file.truncate(end)
-        self.rows = read_rows(self.path, required)
+        self.rows = _parse_rows(whole[:end], self.path, required)
 
     def write(self, *rows):
         """Append rows in one system call, so that no crash parts rows that belong together."""
@@ -105,24 +128,34 @@ class RowWriter:
         try:
             if self.file.write(data) != len(data):
                 self.file.truncate(start)
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, "No space left on device")
         except OSError as e:
             raise InputError(f"{self.path}: cannot be written ({e.strerror}); make room and run "
                              "the same command again")
 
+def remove_leftovers(folder, names, age=86400):
+    """Remove what killed processes have left of the files `names` in a folder, if it is older than
+    `age` seconds: nobody is at work on it any more."""
+    for name in names:
+        earlier = Path(folder) / f"{name}.tmp"       # as earlier versions called it
+        for path in (*Path(folder).glob(f".{glob.escape(name)}.*.tmp"), earlier):
+            with contextlib.suppress(OSError):       # not there, or another process removes it too
+                if time.time() - path.lstat().st_mtime >= age:
+                    is_folder = path.is_dir() and not path.is_symlink()
+                    shutil.rmtree(path) if is_folder else path.unlink()
+
 @contextlib.contextmanager
 def atomic_path(path):
-    """Give a path beside to write to, then rename it to `path`: readers see old or new, whole."""
-    beside = Path(f"{path}.tmp")
-    try:
-        if beside.is_symlink():                      # writing would go where the link leads
-            beside.unlink()
+    """Give a path in a new folder beside, known to nobody else, to write to, then rename it to
+    `path`: readers see old or new, whole, and writers of one file do not meet."""
+    path = Path(path)
+    remove_leftovers(path.parent, [path.name])
+    with tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as folder:
+        beside = Path(folder) / path.name
         yield beside
         with open(beside, "rb") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
-    finally:                                         # a part of a file would keep a full disk full
-        beside.unlink(missing_ok=True)
 
 def write_atomic(path, text):
     """Replace a file's text atomically."""

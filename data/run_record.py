@@ -8,6 +8,7 @@ Run records: out/run.json says how each stage was run and what it produced.
 import contextlib
 import json
 import math
+import os
 import platform
 import subprocess
 import time
@@ -17,8 +18,47 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from data.rows import write_atomic
-from thinksafe import ROOT, InputError, escape_control_chars
+from data.kinds import COUNT, POSITIVE, Number, find_fault, parse_json, shorten
+from data.rows import METRIC_KEYS, refuse_link, remove_leftovers, write_atomic
+from thinksafe import (
+    LABELS, REFUSAL_INSTRUCTIONS, ROOT, InputError, escape_control_chars, read_regular)
+
+# --------------------------------------------------------------------------------------------------
+# What run.json, eval.json and theory.json hold, as kinds (data/kinds.py), and their readers. Of
+# run.json's keys those are here that somebody reads; who misses one gets an error from Record.
+
+SEED, POINTS = range(2**31 + 1), Number(-1000, 1000)
+PERPLEXITY = (None, {**dict.fromkeys(("perplexity", "low", "high"), Number(0, 1e30)),
+                     "rows": COUNT})
+ENTRY = {"seconds": Number(0, 1e12), "finished": bool, "started?": Number(0, 1e12),
+         "arguments?": {}, "fingerprint?": {}, "rows?": COUNT, "cost?": {str: Number(0)}}
+SAMPLED = {"n?": POSITIVE, "seed?": SEED, "steer?": str,
+           "temperature?": Number(0, 100), "top_p?": Number(0, 1), "top_k?": COUNT,
+           "max_new_tokens?": POSITIVE, "kv_bits?": (8, 16), "shard?": (None, [POSITIVE])}
+TRAINED = {"seed?": SEED, "full?": bool, "lora_r?": POSITIVE, "lora_targets?": str,
+           "epochs?": POSITIVE, "batch_size?": POSITIVE, "max_length?": POSITIVE,
+           "rollouts?": POSITIVE, "online?": (None, str)}
+TEXT = (None, str)
+RUN = {
+    "sample?": {**ENTRY, "model?": str, "fingerprint?": SAMPLED, "sources?": {}, "arguments?": {
+        "prompts?": TEXT, "label?": (None, *LABELS), "limit?": (None, POSITIVE), "steer?": str}},
+    "guard?": {**ENTRY, "guard?": str, "guards?": [str], "kept?": {str: COUNT},
+               "fingerprint?": {"threshold?": Number(0, 1), "keep?": str}},
+    "train?": {**ENTRY, "model?": str, "steps?": COUNT, "labels?": {str: COUNT},
+               "skipped?": {str: COUNT}, "fingerprint?": TRAINED, "arguments?": {
+                   "data?": TEXT, "label?": (None, *LABELS), "teacher?": TEXT, "guard?": TEXT,
+                   "strip_cot?": (None, "harmful", "all")},
+               "perplexity?": {"before": PERPLEXITY, "after": PERPLEXITY}},
+    "eval?": {**ENTRY, "models?": {"before": str, "after": str}, "arguments?": {"before?": TEXT},
+              "fingerprint?": {"seed?": SEED, "shard?": (None, [POSITIVE])}}}
+FIGURES = {str: {"percent": (None, POINTS), "low": (None, POINTS), "high": (None, POINTS),
+                 **dict.fromkeys(("n?", "unknown?", "problems?"), (None, COUNT))}}
+EVAL = {"judge": str, "guard": str, "before": FIGURES, "after": FIGURES, "prompts?": {},
+        "paper?": (None, {"before?": {str: POINTS}, "after?": {str: POINTS}}),
+        "perplexity?": (None, {"before": PERPLEXITY})}
+SEEN = {"percent": POINTS, "low": POINTS, "high": POINTS}
+THEORY = {"by": {str: {"tilt": {"omega": Number(0, 1e30)}, "calibration": {"bins": [{
+    "accepted": COUNT, "of": POSITIVE, "prompts": POSITIVE, "predicted": POINTS, "seen": SEEN}]}}}}
 
 class Record(dict):
     """An object of run.json, which people may have edited since it was written."""
@@ -27,34 +67,50 @@ class Record(dict):
         raise InputError(f"run.json: no {key!r} in the record of an earlier stage; run that stage "
                          "again, or use another --out")
 
-RECORD_TYPES = {"arguments": dict, "fingerprint": dict, "labels": dict, "skipped": dict,
-                "model": str, "guard": str, "guards": list, "seconds": int | float,
-                "finished": bool, "rows": int, "steps": int, "seed": int, "n": int, "steer": str}
+def read_object(path, kind, make_object=dict):
+    """Return the object in a JSON file, None without that file. Raises InputError that says where
+    it is not of the kind."""
+    try:
+        if not os.path.lexists(path):
+            return None
+        found = parse_json(read_regular(path), make_object)
+        fault = find_fault(found, kind)
+    except (ValueError, OSError) as e:
+        fault = getattr(e, "strerror", None) or e
+    if fault:
+        raise InputError(f"{path}: not what a stage writes ({shorten(fault)}); run that stage "
+                         "again, or move the file away")
+    return found
+
+def _with_todays_names(pairs):
+    record = Record(pairs)
+    for new, old in (("fingerprint", "identity"), ("skipped", "left_out")):
+        if old in record:                            # the names of earlier versions
+            record[new] = record.pop(old)
+    return record
 
 def read_run(out):
     """Return out/run.json as {stage: entry}, {} if there is none. Raises InputError for a record
     that is damaged or holds values of the wrong type."""
-    path = Path(out) / "run.json"
-    try:
-        run = json.loads(path.read_text("utf-8"), object_hook=Record) if path.exists() else {}
-        for entry in run.values():
-            for new, old in (("fingerprint", "identity"), ("skipped", "left_out")):
-                if old in entry:                     # the names of earlier versions
-                    entry[new] = entry.pop(old)
-            used = {key: entry["fingerprint"][key] for key in ("seed", "n", "steer")
-                    if key in entry["fingerprint"]}
-            wrong = [key for key, value in [*entry.items(), *used.items()]
-                     if key in RECORD_TYPES and not isinstance(value, RECORD_TYPES[key])]
-            if wrong or not {"seconds", "finished"} <= entry.keys():
-                raise ValueError
-        return run
-    except (ValueError, OSError, AttributeError, TypeError, RecursionError):
-        raise InputError(f"{path}: not a readable run record; move it away or use another --out")
+    return read_object(Path(out) / "run.json", RUN, _with_todays_names) or {}
+
+def read_eval(out):
+    """Return out/eval.json, the figures of eval.py, None if there is none. Raises InputError."""
+    return read_object(Path(out) / "eval.json", EVAL)
 
 def stage_seed(args, run):
     """Return the seed of a later stage: the flag --seed, else the seed of sample.py."""
     earlier = run.get("sample", {}).get("fingerprint", {}).get("seed", 0)
     return earlier if args.seed is None else args.seed
+
+def steer_of(sampled):
+    """Return the name of the refusal instruction in the record of sample.py. Raises InputError for
+    one that thinksafe.py does not have."""
+    steer = sampled["fingerprint"]["steer"]
+    if steer not in REFUSAL_INSTRUCTIONS:
+        raise InputError(f"run.json: thinksafe.py has no refusal instruction {shorten(steer)}, but "
+                         + ", ".join(REFUSAL_INSTRUCTIONS))
+    return steer
 
 def _git(*words):
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -66,8 +122,50 @@ def check_fingerprint(path, old, new):
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key), new.get(key)
         if before != now:
-            raise InputError(f"{path} was made with {key} {before}, now it is {now}; use another "
-                             f"--out, or delete {path} to start again")
+            raise InputError(f"{path} was made with {key} {shorten(before)}, now it is "
+                             f"{shorten(now)}; use another --out, or delete {path} to start again")
+
+def check_checkpoint(state, trainable, optimizer):
+    """Raise unless training can go on from checkpoint.pt: its metrics are those of steps 1, 2, ...,
+    each tensor is one of ours, and the optimizer is ours, at another learning rate."""
+    metrics, params, saved = (state[key] for key in ("metrics", "params", "optimizer"))
+    fault = find_fault(metrics, [{**METRIC_KEYS, "loss": Number()}])
+    if fault or [row["step"] for row in metrics] != [*range(1, len(metrics) + 1)] or not metrics:
+        raise ValueError(f"metrics: {fault}")
+    parse_json(json.dumps(metrics).encode())         # what is written must be read again
+    own = optimizer.state_dict()["param_groups"]
+    if [{**group, "lr": 0} for group in own] != [{**x, "lr": 0} for x in saved["param_groups"]]:
+        raise ValueError("optimizer: of other parameters, or with other settings")
+    shapes = {name: parameter.shape for name, parameter in trainable.items()}
+    if {name: value.shape for name, value in params.items()} != shapes:
+        raise ValueError("params: of another model")
+    if isinstance(optimizer, torch.optim.AdamW):     # in 8 bits the moments have other shapes
+        for i, moments in saved["state"].items():
+            shape = [*shapes.values()][i]
+            if {key: value.shape for key, value in moments.items()} != {
+                    "step": (), "exp_avg": shape, "exp_avg_sq": shape}:
+                raise ValueError("optimizer: moments of another model")
+            if not (all(value.isfinite().all() for value in moments.values())
+                    and moments["step"] >= 0 and (moments["exp_avg_sq"] >= 0).all()):
+                raise ValueError("optimizer: moments that are none")
+
+# What is written into a run's folder by a process that holds the folder's lock.
+LOCKED_FILES = ("run.json", "samples.jsonl", "verdicts.jsonl", "guarded.jsonl", "metrics.jsonl",
+                "checkpoint.pt", "model", "eval.jsonl", "eval.json", "theory.jsonl", "theory.json")
+
+def lock_folder(out):
+    """Make a run's folder and lock it for this process -> FileLock. What killed processes left
+    there is removed. Raises InputError if another process is at work there."""
+    out.mkdir(parents=True, exist_ok=True)
+    refuse_link(out / ".lock")
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{out}: another process is at work there; wait for it, or use another "
+                         "--out")
+    remove_leftovers(out, LOCKED_FILES, age=0)
+    return lock
 
 class Stage:
     """One stage's entry in out/run.json: how the stage was run and what it produced.
@@ -79,13 +177,8 @@ class Stage:
 
     def __init__(self, name, args, output, fingerprint, **facts):
         self.name, self.out, self.path = name, args.out, args.out / output
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.out / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(f"{self.out}: another process is at work there; wait for it, or use "
-                             "another --out")
+        self.lock = lock_folder(self.out)
+        refuse_link(self.path)
         fingerprint = json.loads(json.dumps(fingerprint))
         self.started, self.earlier_seconds = time.time(), 0.0
         if self.path.exists():

@@ -31,8 +31,9 @@ from pathlib import Path
 from data.columns import (
     CHAT_COLUMNS, LATER_STAGE_KEYS, PROMPT_COLUMNS, STAGE_KEYS, TRACE_STAGE_KEYS, VERDICT_KEYS,
     foreign_label_columns, has_value, name_columns, normalize_row, parts_beside, plain_name)
-from data.rows import atomic_path, content_id, parse_json, parse_row, read_rows
-from thinksafe import LABELS, InputError, escape_control_chars
+from data.kinds import parse_json
+from data.rows import atomic_path, content_id, parse_row, read_rows
+from thinksafe import LABELS, InputError, escape_control_chars, read_regular
 
 GITHUB = "https://raw.githubusercontent.com"
 HARMBENCH = f"{GITHUB}/centerforaisafety/HarmBench/8e1604d1171fe8a48d8febecd22f600e462bdcdd"
@@ -119,7 +120,7 @@ SPLITS = re.compile("(train|test|validation|valid|val|dev|eval)(?![a-z])", re.I)
 def read_json(data, path):
     """Read a list of objects. The lists of an object of lists (HarmBench's form) are joined; where
     they are the splits of a data set (train, test) the only one is taken, several are refused."""
-    rows = parse_json(decode(data, path))
+    rows = parse_json(decode(data, path).encode("utf-8"))
     if isinstance(rows, dict) and all(isinstance(group, list) for group in rows.values()):
         splits = [name for name in rows if SPLITS.match(name)]
         if len(rows) > 1 and (len(splits) == len(rows) or any(map(SPLITS.fullmatch, splits))):
@@ -168,7 +169,7 @@ def read_file(path):
     if suffix not in READERS:
         raise InputError(f"{path}: the name of a file of rows ends in {' '.join(READERS)}")
     try:
-        rows = READERS[suffix](path.read_bytes(), path)
+        rows = READERS[suffix](read_regular(path), path)
     except InputError:
         raise
     except OSError as e:
@@ -268,7 +269,7 @@ def load_rows(source):
         raise InputError(f"{source}: no such file; name one, a URL, owner/name of a hub data set, "
                          f"or one of {', '.join(SETS)}")
     rows = name_columns(read_file(path), source)
-    VERSIONS[source] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    VERSIONS[source] = hashlib.sha256(read_regular(path)).hexdigest()[:16]
     if is_run:      # in an order that does not depend on which trace was finished first
         rows.sort(key=lambda row: (str(row.get("id")), str(row.get("k"))))
     return rows

@@ -19,7 +19,6 @@ the paper: lower is better, and robustness is 100 less the score.
 """
 import csv
 import io
-import json
 import math
 import re
 import statistics
@@ -32,8 +31,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data.guards import GUARDS
-from data.rows import read_rows, write_atomic
-from data.run_record import read_run
+from data.kinds import TOKENS, shorten
+from data.rows import METRIC_KEYS, TRACE_KEYS, VERDICT, atomic_path, read_rows, write_atomic
+from data.run_record import THEORY, Record, read_eval, read_object, read_run
 from thinksafe import (
     ROOT, HelpFormatter, InputError, Parser, cli, escape_control_chars, is_harmful, load_tensors,
     read_adapter, read_config)
@@ -57,6 +57,9 @@ def linear_layers(config):
 def adapter_size(config, r, targets):
     """Return the number of parameters of a LoRA adapter of rank r on the layers in targets."""
     layers = linear_layers(config)
+    if not set(targets) <= layers.keys():
+        raise InputError(f"an adapter on {shorten(', '.join(targets))}: the model has only "
+                         + ", ".join(layers))
     return config.num_hidden_layers * r * sum(sum(layers[name]) for name in targets)
 
 def flops(config, adapter_parameters, lengths, logits, train=False):
@@ -119,7 +122,7 @@ def guard_shape(name, run):
 def sampling_cost(folder, run):
     """Return {"tokens", "flops"} of samples.jsonl."""
     config, adapter = model_shape(run["sample"]["model"])
-    rows = read_rows(folder / "samples.jsonl", {"n_prompt_tokens": int, "n_tokens": int})
+    rows = read_rows(folder / "samples.jsonl", {**TRACE_KEYS, "n_prompt_tokens": TOKENS})
     rows = [row for row in rows if row["n_tokens"]]
     tokens = sum(row["n_tokens"] for row in rows)
     lengths = [row["n_prompt_tokens"] + row["n_tokens"] - 1 for row in rows]
@@ -128,8 +131,8 @@ def sampling_cost(folder, run):
 def judging_cost(folder, run):
     """Return {"guard_tokens", "flops"} of verdicts.jsonl."""
     lengths, cost = defaultdict(list), Counter()
-    for row in read_rows(folder / "verdicts.jsonl", {"guard": str, "n_tokens": int}):
-        if row["n_tokens"]:                          # 0: the guard was not asked
+    for row in read_rows(folder / "verdicts.jsonl", VERDICT):
+        if row.get("n_tokens"):                          # 0: the guard was not asked
             lengths[row["guard"]].append(row["n_tokens"])
     for name, read in lengths.items():
         config = guard_shape(name, run)
@@ -142,7 +145,7 @@ def reference_passes(run, config, adapter):
     train, fingerprint = run["train"], run["train"]["fingerprint"]
     if fingerprint.get("kl"):
         benign = sum(n for label, n in train["labels"].items() if not is_harmful(label))
-        return [(config, 0, benign / sum(train["labels"].values()))]
+        return [(config, 0, benign / max(1, sum(train["labels"].values())))]
     method = fingerprint.get("online")
     if method == "opd":
         return [(*model_shape(train["arguments"]["teacher"]), 1)]
@@ -163,25 +166,23 @@ def training_cost(folder, run):
         adapter = adapter_size(config, fingerprint["lora_r"], targets)
     references = reference_passes(run, config, adapter)
     batch_size, rollouts = fingerprint["batch_size"], fingerprint.get("rollouts", 1)
-    steps_per_epoch = math.ceil(train["rows"] / batch_size)
+    steps_per_epoch = -(-train["rows"] // batch_size) or 1
     cost = Counter()
-    for step, row in enumerate(read_rows(folder / "metrics.jsonl", {"tokens": int})):
+    for step, row in enumerate(read_rows(folder / "metrics.jsonl", METRIC_KEYS)):
         first = step % steps_per_epoch * batch_size
-        n = rollouts * min(batch_size, train["rows"] - first)             # documents of the step
-        lengths = [row["tokens"] / n] * n
-        targets = row.get("targets", row["tokens"])
+        n = rollouts * max(1, min(batch_size, train["rows"] - first))     # documents of the step
+        length, targets = row["tokens"] / n, row.get("targets", row["tokens"])
         cost.update(train_tokens=row["tokens"],
-                    flops=flops(config, adapter, lengths, targets, train=True))
+                    flops=n * flops(config, adapter, [length], targets / n, train=True))
         for shape, parameters, share in references:
-            cost.update(flops=share * flops(shape, parameters, lengths, targets))
+            cost.update(flops=n * share * flops(shape, parameters, [length], targets / n))
         if "generated" in row:
             cost.update(tokens=targets,
-                        flops=flops(config, adapter, [x - 1 for x in lengths], targets))
+                        flops=n * flops(config, adapter, [length - 1], targets / n))
         if "guard_tokens" in row:
-            name = train["arguments"]["guard"] or run["guard"]["guards"][0]
-            read = [row["guard_tokens"] / n] * n
+            name = train["arguments"]["guard"] or run["guard"]["guard"]
             cost.update(guard_tokens=row["guard_tokens"],
-                        flops=flops(guard_shape(name, run), 0, read, n))
+                        flops=n * flops(guard_shape(name, run), 0, [row["guard_tokens"] / n], 1))
     return cost
 
 def cost_of(folder):
@@ -235,9 +236,9 @@ def proportions_of(metrics):
     """Return {column: {"value", "low", "high"}} of one side of an eval.json."""
     out = {}
     for name, x in metrics.items():
-        if x["percent"] is not None and not name.startswith("guard_harm"):
-            out[name] = {"value": float(x["percent"]), "low": float(x["low"]),
-                         "high": float(x["high"])}
+        value, low, high = (x[key] for key in ("percent", "low", "high"))
+        if None not in (value, low, high) and not name.startswith("guard_harm"):
+            out[name] = {"value": float(value), "low": float(low), "high": float(high)}
     parts = [x for name, x in out.items() if name.startswith("harm_") or name == "over_refusal"]
     if "over_refusal" in out and len(parts) > 1:
         out.setdefault("safety", pool(parts))
@@ -255,27 +256,22 @@ class Run(NamedTuple):
 
 def load_run(folder):
     """Return a Run. Raises InputError if eval.json is missing, or a file is damaged."""
-    run, theory = read_run(folder), folder / "theory.json"
-    try:
-        report = json.loads((folder / "eval.json").read_text("utf-8"))
-        after = proportions_of(report["after"])
-        known = run.get("train", {}).get("perplexity") or report.get("perplexity") or {}
-        if known.get("before"):
-            after["perplexity"] = {**known["before"], "value": known["before"]["perplexity"]}
-        student = run["eval"].get("models", {}).get("before")
-        student = student or run["eval"]["arguments"].get("before") or run["train"]["model"]
-        return Run(Path(student.partition("@")[0]).name, run["eval"]["fingerprint"]["seed"],
-                   report["judge"], proportions_of(report["before"]), after | cost_of(folder),
-                   dict(report.get("paper") or {}),
-                   json.loads(theory.read_text("utf-8")) if theory.exists() else None)
-    except FileNotFoundError:
+    run, report = read_run(folder), read_eval(folder)
+    if report is None:
         raise InputError(f"{folder}: no eval.json to compare; run python eval.py --out {folder} "
                          "first")
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{folder}: eval.json or theory.json is not what eval.py and "
-                         f"extras/theory.py write ({e}); run them again")
+    after = proportions_of(report["after"])
+    known = run.get("train", {}).get("perplexity") or report.get("perplexity") or {}
+    if known.get("before"):
+        after["perplexity"] = {**known["before"], "value": known["before"]["perplexity"]}
+    evaluated = run.get("eval", Record())
+    student = evaluated.get("models", {}).get("before")
+    student = student or evaluated["arguments"].get("before") or run.get("train", {}).get("model")
+    if student is None:
+        raise InputError(f"{folder}: run.json does not say which model eval.py asked; run it again")
+    return Run(Path(student.partition("@")[0]).name, evaluated["fingerprint"]["seed"],
+               report["judge"], proportions_of(report["before"]), after | cost_of(folder),
+               report.get("paper") or {}, read_object(folder / "theory.json", THEORY))
 
 def read_runs(folders, pattern):
     """Read runs -> ({method: {"seeds": n, column: see `pool`}}, {folder's name: theory.json}).
@@ -392,7 +388,8 @@ def canvas(xlabel, ylabel, height=5):
 
 def save(figure, path):
     from matplotlib import pyplot
-    figure.savefig(path)
+    with atomic_path(path) as beside:
+        figure.savefig(beside)
     pyplot.close(figure)
     return path.name
 
@@ -511,7 +508,9 @@ def acceptance_plot(theories, path):
                         "accepted under the instruction, %")
     lowest = 100.0
     for name, report in theories.items():
-        by = next(iter(report["by"].values()))
+        by = next(iter(report["by"].values()), None)
+        if not by:
+            continue
         bins, shade = by["calibration"]["bins"], color(name, theories)
         where = [100 * x["accepted"] / x["of"] for x in bins]
         ax.plot(where, [x["predicted"] for x in bins], color=shade, linestyle="--", linewidth=1,

@@ -21,13 +21,14 @@ from huggingface_hub import ModelCard, ModelCardData
 import train
 from data.benchmarks import describe_rows
 from data.chat import decode_text
-from data.rows import content_id, read_rows, write_atomic, write_rows
-from data.run_record import read_run, stage_seed
+from data.kinds import COUNT
+from data.rows import METRIC_KEYS, content_id, read_rows, write_atomic, write_rows
+from data.run_record import read_eval, read_object, read_run, stage_seed
 from data.sources import draw_examples, read_training_rows
 from extras.compare import as_markdown
 from thinksafe import (
     HelpFormatter, InputError, Parser, cli, escape_control_chars, is_tiny, load_tokenizer,
-    model_hash, positive, read_config, read_json, resolve_model, seed_value)
+    model_hash, positive, read_config, resolve_model, seed_value)
 
 TRACKERS = "wandb", "tensorboard", "trackio"
 
@@ -71,6 +72,11 @@ def load_examples(args):
     examples, skipped = train.encode_rows(rows, tokenizer, max_length, args.strip_cot)
     return draw_examples(examples, skipped, args.limit, args.seed), tokenizer
 
+def refuse_linked_folder(path):
+    """Raise InputError if a folder to write into is a link: what it leads to is somebody else's."""
+    if path.is_symlink():
+        raise InputError(f"{path}: a link to another folder; write there by its own name")
+
 # --------------------------------------------------------------------------------------------------
 # The model card
 
@@ -104,15 +110,14 @@ def describe_data(run):
 
 def describe_results(out, run):
     """Return the results in OUT/eval.json, if they are of the model in OUT/model."""
-    path, of_model = out / "eval.json", model_hash(out / "model")
+    report, of_model = read_eval(out), model_hash(out / "model")
     made = json.dumps(run.get("eval", {}).get("fingerprint"))
-    if not path.exists() or of_model not in made:
+    if not report or of_model not in made:
         return "None here yet."
-    report = read_json(path)
 
     def cell(x):
-        return f"{x['percent']} [{x['low']}, {x['high']}]"
-    rows = [(name, cell(report["before"][name]), cell(after), after["n"])
+        return f"{x['percent']} [{x['low']}, {x['high']}]" if x else ""
+    rows = [(name, cell(report["before"].get(name)), cell(after), after.get("n"))
             for name, after in report["after"].items()]
     table = markdown_table(("figure", "before", "after", "n"), rows)
     judge = as_markdown(report["judge"])
@@ -174,6 +179,7 @@ class Tracker:
         self.writer = self.module = None
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
+            refuse_linked_folder(out / name)
             self.writer = SummaryWriter(out / name / run_id)
             return
         options = {"id": run_id[-8:], "dir": out} if name == "wandb" else {}
@@ -185,7 +191,8 @@ class Tracker:
             raise InputError(f"{name}: {e}")
 
     def send(self, row):
-        values = {key: value for key, value in row.items() if key != "step"}
+        values = {key: value for key, value in row.items()
+                  if key != "step" and type(value) in (int, float)}
         if self.module:
             self.module.log(values, step=row["step"])
             return
@@ -206,13 +213,13 @@ def send_metrics(name, out, follow=False):
     path, record = out / "metrics.jsonl", out / "tracked.json"
 
     def read_metrics():
-        return read_rows(path, {"step": int}, growing=True)
+        return read_rows(path, METRIC_KEYS, growing=True)
     while not read_metrics():
         if not follow:
             raise InputError(f"{path}: no rows in it; run train.py first, or give --follow")
         time.sleep(1)
     run_id = f"{out.resolve().name}-{content_id(json.dumps(read_metrics()[0]))[:8]}"
-    tracked = read_json(record) if record.exists() else {}
+    tracked = read_object(record, {str: COUNT}) or {}
     sent = before = tracked.get(f"{name}/{run_id}", 0)
     tracker = Tracker(name, out, run_id, read_run(out)["train"]["fingerprint"])
     try:
@@ -248,6 +255,7 @@ def main():
         export_trl(args.out / "trl.jsonl", examples, tokenizer)
     elif args.what == "card":
         path = args.out / "model" / "README.md"
+        refuse_linked_folder(path.parent)
         write_atomic(path, str(model_card(args.out)))
         print(escape_control_chars(f"  -> {path}"))
     else:

@@ -10,6 +10,8 @@ there. Nothing is written. It is an estimate in two places: gradients inside of 
 half of what the layer kept (a fifth to a half was seen), and the allocator rounds up.
 """
 import functools
+import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -21,6 +23,8 @@ from data.chat import decode_text
 from thinksafe import cli, escape_control_chars, load_model, make_parser, split_packs
 
 from linear_ce_kl import CPU_ROWS, GPU_BUFFER
+
+MEMINFO = Path("/proc/meminfo")
 
 def stored_bytes(tensors):
     """Return the bytes of the memory behind tensors; what they share counts once."""
@@ -96,6 +100,8 @@ def print_plan(plan, weights, n_tokens, free):
     gb = {part: f"{size / 1e9:.3g}" for part, size in plan.items()}
     kept, recomputed = (f"{plan[part] / n_tokens / 1e3:.3g}" for part in ("activations", "inputs"))
     verdict = "kept" if plan["kept"] <= 0.9 * free else "recomputed"
+    if math.isnan(free):
+        verdict = "how much there is cannot be told here"
     print(f"memory in GB: weights {weights / 1e9:.3g}, gradients and optimizer {gb['state']}, loss "
           f"{gb['loss']}, activations of {n_tokens:,} tokens {gb['activations']} ({kept} kB each, "
           f"{recomputed} if recomputed); beside the weights {gb['kept']}, if recomputed "
@@ -105,11 +111,16 @@ def print_plan(plan, weights, n_tokens, free):
               "with --full --optimizer adamw8bit", file=sys.stderr)
 
 def free_bytes(device):
-    """Return how many bytes can still be allocated."""
+    """Return how many bytes can still be allocated, nan where nothing tells."""
     if device.type == "cuda":                        # torch keeps freed memory to use again
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
-    return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    try:
+        found = re.search(r"MemAvailable: +(\d+)", MEMINFO.read_text("ascii", "replace"))
+        return 1024 * int(found[1]) if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf(
+            "SC_PAGE_SIZE")          # kernels before 3.14 do not say
+    except (OSError, ValueError):    # no /proc: another system, or a sandbox
+        return math.nan
 
 def main():
     p = make_parser(__doc__)

@@ -9,17 +9,21 @@ Joined are the stages that the shards have run: sample.py --shard, guard.py afte
 eval.py --shard, whose figures are computed from all rows. What OUT has of other stages stays.
 """
 import json
+from operator import itemgetter
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from data.rows import content_id, read_rows, write_atomic, write_rows
-from data.run_record import read_run
+from data.kinds import shorten
+from data.rows import (
+    EVAL_KEYS, GUARDED_KEYS, TRACE_KEYS, VERDICT, content_id, read_rows, write_atomic, write_rows)
+from data.run_record import lock_folder, read_eval, read_run
 from eval import write_figures
-from thinksafe import HelpFormatter, InputError, Parser, cli, escape_control_chars, read_json
+from thinksafe import HelpFormatter, InputError, Parser, cli, escape_control_chars
 
-FILES = {"sample": ["samples.jsonl"], "guard": ["verdicts.jsonl", "guarded.jsonl"],
-         "eval": ["eval.jsonl"]}
+# Of each stage: its files, the kind of their rows, and the keys that tell one row from another.
+FILES = {"sample": {"samples.jsonl": (TRACE_KEYS, ("id", "k"))},
+         "guard": {"verdicts.jsonl": (VERDICT, ("id", "guard", "k")),
+                   "guarded.jsonl": (GUARDED_KEYS, ("id", "k"))},
+         "eval": {"eval.jsonl": (EVAL_KEYS, ("id", "when", "k"))}}
 
 def shards_in_order(runs, name):
     """Return the folders of the shards 1/N, 2/N, ... of a stage. runs: {folder: run record}.
@@ -34,36 +38,40 @@ def shards_in_order(runs, name):
         now, before = run[name]["fingerprint"], runs[first][name]["fingerprint"]
         for key in sorted({*now, *before} - {"shard", "samples"}):
             if now.get(key) != before.get(key):
-                raise InputError(f"{folder}: {name}.py ran with {key} {now.get(key)}, in {first} "
-                                 f"with {before.get(key)}; these are not shards of one run")
+                raise InputError(f"{folder}: {name}.py ran with {key} {shorten(now.get(key))}, in "
+                                 f"{first} with {shorten(before.get(key))}; these are not shards "
+                                 "of one run")
         shard = tuple(run[sharded]["fingerprint"].get("shard") or (1, 1))
+        if len(shard) != 2:
+            raise InputError(f"{folder}: run.json: a shard is [i, n], not {shorten(shard)}")
         if shard in numbers:
             raise InputError(f"{folder} and {numbers[shard]} both hold shard "
                              f"{shard[0]}/{shard[1]}; name one of them")
         numbers[shard] = folder
     n = max(n for _, n in numbers)
-    if set(numbers) != {(i, n) for i in range(1, n + 1)}:
+    if sorted(numbers) != [(i, n) for i in range(1, len(numbers) + 1)] or n != len(numbers):
         found = ", ".join(f"{i}/{n}" for i, n in sorted(numbers))
         raise InputError(f"{name}.py: there are the shards {found}; it needs 1/{n} to {n}/{n}")
     return [numbers[shard] for shard in sorted(numbers)]
 
-def joined_rows(folders, path):
-    """Return the rows of all shards that `path` is to hold, sorted.
+def joined_rows(folders, path, kind, keys):
+    """Return the rows of all shards that `path` is to hold, sorted. kind, keys: see FILES.
 
     Raises InputError for a row that is there twice, and for a row of `path` that no shard has."""
-    rows = {}
+    rows, key_of = {}, itemgetter(*keys)
     for folder in folders:
-        for row in read_rows(folder / path.name, {"id": str, "k": int}):
-            key = row["id"], row.get("when"), row.get("guard"), row["k"]
-            if key in rows:
+        for row in read_rows(folder / path.name, kind):
+            if key_of(row) in rows:
                 raise InputError(f"{folder / path.name}: id {row['id']}, k {row['k']} is there "
                                  "twice, or in another shard too")
-            rows[key] = row
-    for row in read_rows(path, growing=True):
-        key = row.get("id"), row.get("when"), row.get("guard"), row.get("k")
-        if rows.get(key) != row:
-            raise InputError(f"{path} has other rows: id {row.get('id')}, k {row.get('k')} is not "
-                             "from these shards; move the file away, or use another OUT")
+            if row.get("set") == "reasoning" and path.name == "eval.jsonl" and "task" not in row:
+                raise InputError(f"{folder / path.name}: id {row['id']} has no task; run eval.py "
+                                 "again")
+            rows[key_of(row)] = row
+    for row in read_rows(path, kind, growing=True):
+        if rows.get(key_of(row)) != row:
+            raise InputError(f"{path} has other rows: id {row['id']}, k {row['k']} is not from "
+                             "these shards; move the file away, or use another OUT")
     return [rows[key] for key in sorted(rows)]
 
 def added(values):
@@ -71,20 +79,23 @@ def added(values):
     if all(isinstance(value, dict) for value in values):
         keys = dict.fromkeys(key for value in values for key in value)
         return {key: added([value[key] for value in values if key in value]) for key in keys}
-    numbers = all(type(value) in (int, float) for value in values)
+    numbers = all(type(value) in (int, float) and abs(value) < 1e100 for value in values)
     return round(sum(values), 2) if numbers else values[0]
 
 def merge(name, out, runs, folders):
     """Join the shards of a stage: the rows, the figures of eval.py, and the entry in run.json."""
     entries = [runs[folder][name] for folder in folders]
-    files = {out / file: joined_rows(folders, out / file) for file in FILES[name]}
+    files = {out / file: joined_rows(folders, out / file, *how)
+             for file, how in FILES[name].items()}
     entry = {**added(entries), "started": min(entry["started"] for entry in entries)}
     for key in ("arguments", "fingerprint"):
         entry[key] = dict(entries[0][key])
         if "shard" in entry[key]:
             entry[key]["shard"] = None
     entry["arguments"]["out"] = str(out)
-    reports = [read_json(folder / "eval.json") for folder in folders if name == "eval"]
+    reports = [read_eval(folder) for folder in folders if name == "eval"]
+    if None in reports:
+        raise InputError(f"{folders[reports.index(None)]}: no eval.json there; run eval.py again")
     if len({(report["judge"], report["guard"]) for report in reports}) > 1:
         raise InputError("the shards of eval.py were judged by different judges; run them with the "
                          "same --judge")
@@ -97,7 +108,7 @@ def merge(name, out, runs, folders):
         entry["fingerprint"]["samples"] = content_id(json.dumps(traces))
     if name == "eval":
         entry |= write_figures(out, rows, reports[0]["judge"], reports[0]["guard"],
-                               reports[0]["prompts"], entries[0]["models"]["before"])
+                               reports[0].get("prompts", {}), entries[0]["models"]["before"])
     write_atomic(out / "run.json", json.dumps({**read_run(out), name: entry}, indent=1))
 
 def main():
@@ -110,13 +121,10 @@ def main():
     if not names:
         raise InputError(f"{args.shards[0]}: no run record of sample.py, guard.py or eval.py there")
     folders = {name: shards_in_order(runs, name) for name in names}    # before anything is written
-    args.out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(args.out / ".lock", timeout=0):
-            for name in names:
-                merge(name, args.out, runs, folders[name])
-    except Timeout:
-        raise InputError(f"{args.out}: another process is at work there; wait for it")
+    lock = lock_folder(args.out)
+    for name in names:
+        merge(name, args.out, runs, folders[name])
+    lock.release()
     print(json.dumps({"joined": names, "shards": len(runs), "out": str(args.out)}))
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ use_bias_correction_kl=False, which is another gradient.)
 """
 import contextlib
 import functools
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -41,6 +40,7 @@ from extras.linear_reverse_kl import linear_reverse_kl
 from guard import load_guard
 from sample import Sampler, add_sampling_flags, sampling_options
 from data.chat import decode_response, encode_prompt
+from data.ranks import read_ranks
 from data.run_record import read_run
 from thinksafe import (
     InputError, cli, escape_control_chars, is_harmful, is_tiny, load_model, lora_disabled,
@@ -328,7 +328,7 @@ def parse_args():
             raise InputError(f"--{flag} is for {method}")
     if args.full:
         raise InputError("online methods train LoRA; leave --full out")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if read_ranks()[1] > 1:
         raise InputError("online methods work in one process; start without torchrun")
     return args
 

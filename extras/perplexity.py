@@ -15,7 +15,7 @@ import torch
 
 from data.sources import Unavailable, training_rows
 from data.rows import content_id, write_atomic
-from data.run_record import read_run
+from data.run_record import lock_folder, read_run
 from thinksafe import (
     InputError, choose_dtype, cli, escape_control_chars, free_memory, load_model, lora_disabled,
     lora_layers, make_parser, split_packs)
@@ -67,6 +67,7 @@ def main():
     run = read_run(args.out)
     if not run.get("train", {}).get("finished"):
         raise InputError(f"{args.out}: train.py has not finished there; run it first")
+    lock = lock_folder(args.out)
     options = args.device, choose_dtype(args), args.quantize
     model, tokenizer = load_model(args.out / "model", *options)
     examples = training_examples(args.out, model, tokenizer)
@@ -81,6 +82,7 @@ def main():
         before = perplexity(model, examples)
     run["train"]["perplexity"] = {"before": before, "after": after}
     write_atomic(args.out / "run.json", json.dumps(run, indent=1))
+    lock.release()
     shown = [f"{x['perplexity']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for x in (before, after)]
     print(f"perplexity of the training set: {shown[0]} before, {shown[1]} after")
 

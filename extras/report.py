@@ -19,8 +19,9 @@ import statistics
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from data.rows import TRACE_KEYS, content_id, read_rows, write_atomic
-from data.run_record import read_run
+from data.rows import (
+    EVAL_KEYS, GUARDED_KEYS, METRIC_KEYS, TRACE_KEYS, content_id, read_rows, write_atomic)
+from data.run_record import read_eval, read_run
 from eval import wilson
 from thinksafe import (
     LABELS, HelpFormatter, InputError, Parser, bounded, cli, escape_control_chars, trace_key)
@@ -30,49 +31,6 @@ MAX_CHARS = 200_000                 # of one text that the page shows
 # These are the same in all traces of a prompt.
 PROMPT_ROW_KEYS = ("id", "k", "set", "instruction", "prompt_label", "task", "answer")
 
-def read_traces(path, required=None):
-    """Read the rows of samples.jsonl, guarded.jsonl or eval.jsonl, [] without that file.
-
-    required: keys beyond TRACE_KEYS. Raises InputError that names the row."""
-    rows = read_rows(path, {**TRACE_KEYS, **(required or {})}, growing=True)
-    for number, row in enumerate(rows, 1):
-        kinds = {"p_unsafe": float | int | None, "reason": str | None}
-        wrong = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
-        if row.get("when") not in (None, "before", "after"):
-            wrong.append("when")
-        if wrong:
-            raise InputError(f"{path}, row {number}: {wrong[0]} is not what a stage writes; mend "
-                             "or delete that line")
-    return rows
-
-def read_figures(out):
-    """Read OUT/eval.json, None without that file -> {"judge", "guard", "before": {metric:
-    {percent, low, high, ...}}, "after": likewise, "paper": {when: {metric: percent}}}.
-
-    Raises InputError if something else is in it."""
-    path, figures = out / "eval.json", {}
-    keys = ("percent", "low", "high", "n", "unknown", "problems")
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        values = []
-        for when in ("before", "after"):
-            figures[when] = {}
-            for name, figure in found[when].items():
-                figures[when][name] = {key: figure.get(key) for key in keys}
-                values += figures[when][name].values()
-        paper = {when: dict(percents) for when, percents in (found.get("paper") or {}).items()}
-        for percents in paper.values():
-            values += percents.values()
-        for value in values:
-            if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
-                raise ValueError
-        return {"judge": str(found.get("judge")), "guard": str(found.get("guard")), **figures,
-                "paper": paper}
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise InputError(f"{path}: not figures of eval.py; run eval.py again")
-
 def curves(rows, max_points=500):
     """Return rows of metrics.jsonl as {"every", "step": [...], "lines": {name: [...]}}.
 
@@ -80,12 +38,14 @@ def curves(rows, max_points=500):
     every = math.ceil(len(rows) / max_points) or 1
     groups = [rows[i:i + every] for i in range(0, len(rows), every)]
     names = {}                                       # a dict keeps their order
+
+    def is_number(value):
+        return type(value) in (int, float) and abs(value) < 1e100      # a sum of them is finite
     for row in rows:
-        names |= {key: None for key, value in row.items()
-                  if type(value) in (int, float) and key != "step"}
+        names |= {key: None for key, value in row.items() if is_number(value) and key != "step"}
 
     def mean(group, name):
-        values = [row[name] for row in group if type(row.get(name)) in (int, float)]
+        values = [row[name] for row in group if is_number(row.get(name))]
         return float(f"{statistics.fmean(values):.5g}") if values else None
     return {"every": every,
             "step": [group[-1].get("step", i) for i, group in enumerate(groups, 1)],
@@ -210,17 +170,18 @@ def write_report(out, compare=(), max_mb=4.8):
 
     Raises InputError for a file that is damaged or missing."""
     out, run = Path(out), read_run(out)
-    samples = read_traces(out / "samples.jsonl")
-    guarded = read_traces(out / "guarded.jsonl", {"response_label": str})
-    answers = read_traces(out / "eval.jsonl", {"set": str, "when": str})
-    metrics = read_rows(out / "metrics.jsonl", growing=True)
+    samples, guarded, answers, metrics = (
+        read_rows(out / f"{name}.jsonl", required, growing=True) for name, required in (
+            ("samples", TRACE_KEYS), ("guarded", GUARDED_KEYS), ("eval", EVAL_KEYS),
+            ("metrics", METRIC_KEYS)))
     if not (run or samples or guarded or answers or metrics):
         raise InputError(f"{out}: nothing to report there; run python sample.py --out {out} first")
     runs = []
     for folder in map(Path, (out, *compare)):
-        figures = read_figures(folder)
+        figures = read_eval(folder)
         if figures:
-            runs.append({"name": str(folder), **figures})
+            shown = {key: figures[key] for key in ("judge", "guard", "before", "after")}
+            runs.append({"name": str(folder), **shown, "paper": figures.get("paper") or {}})
         elif folder != out:
             raise InputError(f"{folder}: no eval.json to compare with; run python eval.py "
                              f"--out {folder} first")

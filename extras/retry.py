@@ -11,7 +11,7 @@ this, and of their kept traces more are the guard's mistakes.
 from collections import Counter
 
 from data.rows import TRACE_KEYS, RowWriter, read_rows
-from data.run_record import Stage, read_run
+from data.run_record import Stage, read_run, steer_of
 from data.sources import owns, prompt_rows
 from sample import sample_traces
 from thinksafe import (
@@ -36,10 +36,11 @@ def main():
     g.add_argument("--slots", type=positive, default=64, help="sequences decoded at a time")
     args = p.parse_args()
     run = read_run(args.out)
-    sampled, judged = run.get("sample", {}), run.get("guard", {})
+    judged = run.get("guard", {})
     if not (judged.get("finished") and judged["fingerprint"]["keep"] == "safe"):
         raise InputError(f"{args.out}: retries go by what guard.py kept; run it first, with "
                          "--keep safe")
+    sampled = run["sample"]
     how, given = sampled["fingerprint"], sampled["arguments"]
     model, tokenizer = load_model(sampled["model"], args.device, choose_dtype(args), args.quantize)
     stage = Stage("sample", args, "samples.jsonl", {
@@ -53,7 +54,7 @@ def main():
     guarded = read_rows(args.out / "guarded.jsonl", {"id": str, "keep": bool})
     todo = []
     for row, k in prompts_to_retry(prompts, writer.rows, guarded, how["n"] + args.n):
-        steer = how["steer"] if is_harmful(row["prompt_label"]) else "none"
+        steer = steer_of(sampled) if is_harmful(row["prompt_label"]) else "none"
         todo.append({**row, "k": k, "seed": how["seed"], "steer": steer})
     options = {key: how[key] for key in ("temperature", "top_p", "top_k", "max_new_tokens")}
     rows = writer.rows

@@ -32,8 +32,11 @@ import torch.nn.functional as F
 
 from data.chat import (
     decode_response, encode_prompt, encode_training_pair, rejection_reason, template_hash)
-from data.rows import TRACE_KEYS, RowWriter, content_id, read_rows, write_atomic, write_rows
-from data.run_record import Stage, read_run, stage_seed
+from data.kinds import TOKENS, Number
+from data.rows import (
+    GUARDED_KEYS, METRIC_KEYS, TRACE_KEYS, RowWriter, content_id, read_rows, write_atomic,
+    write_rows)
+from data.run_record import Stage, read_run, stage_seed, steer_of
 from eval import proportion
 from extras.perplexity import perplexity, training_examples
 from guard import guard_format, load_guard
@@ -49,6 +52,9 @@ from linear_ce_kl import linear_ce_kl
 
 UNTRUNCATED = (1.0, 1.0, 0)             # temperature, top_p, top_k
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
+THEORY_KEYS = {**TRACE_KEYS, "arm": ("plain", "told", "trained, plain", "trained, told"),
+               "tokens": [TOKENS], "log_plain?": Number(), "log_told?": Number(),
+               "p_unsafe?": (None, Number(0, 1))}          # of a row of theory.jsonl
 
 # --------------------------------------------------------------------------------------------------
 # Log-probabilities and perplexity of examples as train.py has them: {"ids", "n_prompt"}
@@ -92,8 +98,9 @@ def perplexity_by_epoch(out):
     train = read_run(out)["train"]
     if train["fingerprint"].get("kl") or train["fingerprint"].get("online"):
         return []
-    losses = [row["ce"] for row in read_rows(Path(out) / "metrics.jsonl")]
-    steps = len(losses) // train["fingerprint"]["epochs"]
+    rows = read_rows(Path(out) / "metrics.jsonl", {**METRIC_KEYS, "ce": Number(-700, 700)})
+    losses = [row["ce"] for row in rows]
+    steps = len(losses) // train["fingerprint"]["epochs"] or 1
     return [math.exp(sum(losses[i:i + steps]) / steps) for i in range(0, len(losses), steps)]
 
 # --------------------------------------------------------------------------------------------------
@@ -449,7 +456,7 @@ def read_source(folder, prompts):
     run = read_run(folder)
     if not run.get("guard", {}).get("finished"):
         raise InputError(f"{folder}: guard.py has not finished there; run it first")
-    required = {**TRACE_KEYS, "steer": str, "response_label": str, "keep": bool}
+    required = {**GUARDED_KEYS, "steer": tuple(REFUSAL_INSTRUCTIONS)}
     judged = read_rows(folder / "guarded.jsonl", required)
     how, counts = run["sample"]["fingerprint"], {}
     rows = [row for row in judged           # retries are of rejected prompts only
@@ -547,10 +554,10 @@ def main():
     args.max_new_tokens = args.max_new_tokens or sampled["fingerprint"]["max_new_tokens"]
     student = resolve_model(args.before or train.get("model") or sampled["model"]).name
     trained = args.model or (args.out / "model" if train.get("finished") else None)
-    steer = sampled["fingerprint"]["steer"]
+    steer = steer_of(sampled)
     steer = "default" if steer == "none" else steer
     prompts = {row["id"]: {key: row[key] for key in ("id", "instruction", "prompt_label")}
-               for row in read_rows(args.out / "guarded.jsonl", TRACE_KEYS)
+               for row in read_rows(args.out / "guarded.jsonl", GUARDED_KEYS)
                if is_harmful(row["prompt_label"])}
     prompts = dict(sorted(prompts.items())[:args.limit])          # ids are hashes: no matter which
     if not prompts:
@@ -569,9 +576,12 @@ def main():
         "prompts": content_id(*prompts), "n": args.n, "seed": args.seed,
         "wording": REFUSAL_INSTRUCTIONS[steer], "max_new_tokens": args.max_new_tokens,
         "dtype": str(model.head.dtype)})
-    writer = RowWriter(stage.path, {**TRACE_KEYS, "arm": str, "tokens": list})
+    writer = RowWriter(stage.path, THEORY_KEYS)
     rows = writer.rows
-
+    for row in rows:
+        if row["id"] not in prompts or max(row["tokens"], default=0) >= model.config.vocab_size:
+            raise InputError(f"{stage.path}: row {row['id']} is of another measurement; delete "
+                             "it, or use another --out")
     draw(model, tokenizer, {"plain": ("none", args.n), "told": (steer, args.n)}, prompts, args,
          writer)
     score_traces(rows, {"log_plain": "none", "log_told": steer}, model, tokenizer)
@@ -625,7 +635,9 @@ def main():
               "decomposition": decompositions(rows, sources), "perplexity": perplexities,
               "epochs": perplexity_by_epoch(args.out) if train.get("finished") else [],
               "guard": guard_figures(rows, sources, threshold) if in_tiny_world else None}
-    write_atomic(args.out / "theory.json", json.dumps(report, indent=1))
+    # An interval of a few prompts may be nan, which is no JSON.
+    finite = json.loads(json.dumps(report), parse_constant=lambda _: None)
+    write_atomic(args.out / "theory.json", json.dumps(finite, indent=1))
     print(escape_control_chars(table(report)))
     if train.get("finished"):
         again = "\n  ".join(second_round(args.out, run, str(trained), student))

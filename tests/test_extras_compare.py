@@ -246,7 +246,7 @@ def test_bad_input(tmp_path):
     text = (tmp_path / "a-0" / "eval.json").read_text()
     for changed in ('{"judge": 1}', text.replace('"percent": 10.0', '"percent": "high"')):
         (tmp_path / "a-0" / "eval.json").write_text(changed)
-        with pytest.raises(InputError, match="not what eval.py and extras/theory.py write"):
+        with pytest.raises(InputError, match="eval.json: not what a stage writes"):
             read_runs([tmp_path / "a-0"], SEEDS)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import call
 
+from extras import memory
 from extras.memory import activation_bytes, memory_plan, print_plan, render_example, stored_bytes
 from thinksafe import add_lora, load_model
 from train import encode_rows, frozen_reference, make_optimizer, packed_loss
@@ -151,3 +152,18 @@ def test_an_example_shows_what_is_trained_on(tiny):
     assert render_example(examples[0], tiny[1]).split("\n") == [
         "prompt  | <|im_start|>user", "prompt  | Say \\x1b[31m\\u202ered", "prompt  | and stop<|im_end|>", "prompt  | <|im_start|>assistant", "prompt  | ",
         "trained | <think>", "trained | The user asks 0.", "trained | </think>", "trained | ", "trained | Answer 0.<|im_end|>"]
+
+
+@pytest.mark.trust
+@pytest.mark.parametrize("content, free", [("MemTotal: 5 kB\nMemAvailable:    7 kB\n", 7 * 1024), ("MemTotal: 5 kB\n", None), ("", None), ("MemAvailable: \xff kB", None), (None, "nan")])
+def test_machines_that_do_not_say_what_is_free(tries, tmp_path, monkeypatch, capsys, content, free):
+    """Kernels before 3.14, and sandboxes without /proc."""
+    path = tmp_path / "meminfo"
+    if content is not None:
+        path.write_text(content, "latin-1")
+    monkeypatch.setattr(memory, "MEMINFO", path)
+    with tries("fault"):
+        found = memory.free_bytes(torch.device("cpu"))
+        assert str(found) == "nan" if free == "nan" else found == free if free else found > 2**20
+        memory.print_plan(dict.fromkeys(("state", "activations", "inputs", "loss", "kept", "recomputed"), 1000), 5, 7, found)
+        assert ("cannot be told" in capsys.readouterr().out) == (free == "nan")

@@ -21,6 +21,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,15 +41,17 @@ import train
 from data import chat
 from data.chat import chat_template_parts, decode_response, encode_prompt, normalize_think_tags, turn_end
 from data.guards import GUARDS, readings, spoofs_guard
-from data.rows import RowWriter, read_rows
-from data.run_record import read_run
+from data.rows import RowWriter, atomic_path, read_rows, write_atomic
+from data.run_record import lock_folder, read_run
 from data.sources import training_rows
 from eval import cluster_robust_interval
+from extras import compare
 from extras.compare import comma_separated, markdown
 from extras.export import model_card
 from guard import Guard, load_guard
 from sample import Sampler
-from thinksafe import REFUSAL_INSTRUCTIONS, InputError, add_refusal_instruction, escape_control_chars, load_model, load_tokenizer, read_adapter, resolve_model
+from thinksafe import (
+    REFUSAL_INSTRUCTIONS, InputError, add_refusal_instruction, cli, escape_control_chars, load_model, load_tokenizer, new_folder, read_adapter, resolve_model)
 
 from linear_ce_kl import linear_ce_kl
 
@@ -508,6 +511,445 @@ def test_links_in_the_folder_of_a_run(undisturbed, tries, tmp_path):
             goes_on(undisturbed, "train", out)
             goes_on(undisturbed, "train", out)
     assert (tmp_path / "mine").read_text() == (tmp_path / "elsewhere" / "weights").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------------------------
+# Faults: several processes write one thing
+
+
+def writes(home, letter, n):
+    """Write one file and one folder n times, in a process of its own."""
+    for _ in range(n):
+        write_atomic(home / "report.html", letter * 200_000)
+        with new_folder(home / "model") as new:
+            for name in "ab":
+                (new / name).write_text(letter * 1000)
+
+
+def reads(home, stop):
+    """Read both until told to stop -> how often, and how often it was half of one or of two."""
+    n = half = 0
+    while not stop.is_set():
+        with contextlib.suppress(FileNotFoundError):
+            text = (home / "report.html").read_text()
+            n, half = n + 1, half + (len(text) != 200_000 or len(set(text)) > 1)
+        with contextlib.suppress(FileNotFoundError):                      # for a moment there is no folder, or the old one is emptied
+            folder = os.open(home / "model", os.O_RDONLY)
+            with contextlib.closing(SimpleNamespace(close=lambda fd=folder: os.close(fd))):
+                texts = []
+                for name in "ab":
+                    with open(name, opener=functools.partial(os.open, dir_fd=folder)) as f:
+                        texts.append(f.read())
+                n, half = n + 1, half + (texts[0] != texts[1] or len(texts[0]) != 1000)
+    return n, half
+
+
+def test_several_writers_of_one_file_and_folder(tries, tmp_path):
+    """Every writer ends well, no reader sees half, permissions are umask's, and nothing is left."""
+    skip_with_cuda()
+    fork, n = multiprocessing.get_context("fork"), 25
+    with fork.Manager() as manager, fork.Pool(4) as pool:
+        stop = manager.Event()
+        reader = pool.apply_async(reads, (tmp_path, stop))
+        for writer in [pool.apply_async(writes, (tmp_path, letter, n)) for letter in "xyz"]:
+            with tries("fault"):
+                writer.get(60)
+        stop.set()
+        with tries("fault"):
+            seen, half = reader.get(60)
+            assert seen > 0 and half == 0
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {"report.html": 0o666 & ~mask, "model": 0o777 & ~mask}
+
+
+def dies_replacing(path):
+    """Kill this process where half of a file is written."""
+    with atomic_path(path) as beside:
+        beside.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_filling(path):
+    with new_folder(path) as new:
+        (new / "model.safetensors").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_killed_writers_leave_does_not_pile_up(undisturbed, tries, tmp_path):
+    out = copied(undisturbed, "guard", tmp_path)
+    names = ["run.json", "guarded.jsonl", "checkpoint.pt", "eval.json", "report.html"]
+    for name in names:
+        with tries("fault"):
+            assert forked(dies_replacing, out / name)[0] == -signal.SIGKILL
+            assert not (out / name).exists() or "half" not in (out / name).read_text()
+    with tries("fault"):
+        assert forked(dies_filling, out / "model")[0] == -signal.SIGKILL and not (out / "model").exists()
+    (out / "checkpoint.pt.tmp").write_text("of an earlier version")
+    left = sorted(out.glob(".*.tmp"))
+    assert len(left) == 6 and all(path.is_dir() for path in left)
+    assert not [*out.glob("model*"), *out.glob("shard-*"), *out.glob("[!.]*.json*.*")]      # nothing that is taken for something
+    with tries("fault"):                                                  # the next stage is alone in the folder; a report may be at work
+        lock_folder(out).release()
+        assert [path.name[:13] for path in out.iterdir() if path.suffix == ".tmp"] == [".report.html."]
+    with tries("fault"):                                                  # but not since yesterday
+        kept, = out.glob(".report*.tmp")
+        write_atomic(out / "report.html", "new")
+        assert kept.exists()
+        os.utime(kept, (0, 0))
+        write_atomic(out / "report.html", "newer")
+        assert not kept.exists() and (out / "report.html").read_text() == "newer"
+    with tries("fault"):                                                  # an error on the way leaves what was there
+        with pytest.raises(KeyError), new_folder(out / "model"):
+            raise KeyError
+        with pytest.raises(KeyError), atomic_path(out / "report.html") as beside:
+            beside.write_text("half")
+            raise KeyError
+        assert not [*out.glob(".*.tmp")] and not (out / "model").exists() and (out / "report.html").read_text() == "newer"
+
+
+# ---------------------------------------------------------------------------------------------
+# Faults: files of a run that were edited
+
+FINISHED = {  # script -> its flags in the folder OUT of a finished run
+    **{name: lambda out, flags=flags: [*flags, "--out", out] for name, flags in FLAGS.items()},
+    "report": lambda out: ["extras.report", "--out", out], "card": lambda out: ["extras.export", "card", "--out", out],
+    "trl": lambda out: ["extras.export", "trl", "--out", out], "merge": lambda out: ["extras.merge", out.parent / "joined", out],
+    "compare": lambda out: ["extras.compare", out, "--out", out.parent / "table"], "memory": lambda out: ["extras.memory", "--out", out],
+    "perplexity": lambda out: ["extras.perplexity", "--out", out], "retry": lambda out: ["extras.retry", "--out", out, "--n", 1]}
+READERS = {  # file -> who reads it
+    "run.json": ["report", "card", "trl", "merge", "compare", "memory", "perplexity", "retry", "guard", "train", "eval"],
+    "eval.json": ["report", "card", "compare", "merge"], "theory.json": ["compare"], "samples.jsonl": ["report", "merge", "compare", "guard", "sample", "retry"],
+    "verdicts.jsonl": ["report", "merge", "compare", "guard"], "guarded.jsonl": ["report", "merge", "trl", "memory", "retry", "perplexity", "train"],
+    "metrics.jsonl": ["report", "compare", "train"], "eval.jsonl": ["report", "merge", "eval"]}
+# As they stand in the file; None: the key is missing
+EDITS_OF_VALUES = ["null", "true", "-1", "0", "1.5", "1" + "0" * 30, "9223372036854775808", "9" * 400, "9" * 5000, "1e308", "1e999", "NaN", '"x\\u001b[2J"', '""', '"\\ud800"',
+                   '"' + "y" * 50_000 + '"', '"nul\\u0000"', "[]", "[[1]]", "{}", '{"a": [1]}', "[" * 900 + "]" * 900, "[" * 100_000, '1, "twice": 1, "twice": 2', None]
+THEORY_JSON = {"by": {"guard": {"tilt": {"omega": 3.5}, "calibration": {"bins": [
+    {"accepted": 1, "of": 2, "prompts": 12, "predicted": 50.0, "seen": {"percent": 50.0, "low": 40.0, "high": 60.0, "n": 24}}]}}}}
+
+
+def paths_in(value, path=()):
+    """The keys that lead to each value in JSON; of a list only to the first."""
+    yield path
+    if isinstance(value, dict | list) and value:
+        for key in value if isinstance(value, dict) else [0]:
+            yield from paths_in(value[key], (*path, key))
+
+
+def as_edited(value, path, text):
+    """JSON in which `text` stands at the path."""
+    value = json.loads(json.dumps(value))
+    *way, last = path
+    inner = functools.reduce(lambda x, key: x[key], way, value)
+    if text is None:
+        del inner[last]
+        return json.dumps(value)
+    inner[last] = "@edited"
+    return json.dumps(value).replace('"@edited"', text)
+
+
+def read_edited(undisturbed, script, file, content, home):
+    """A script on a finished run with an edited file: it ends, or says in one line why not, as one who can tell."""
+    out = home / "out"
+    shutil.copytree(undisturbed["eval"], out)
+    (out / "theory.json").write_text(json.dumps(THEORY_JSON))
+    (out / file).write_text(content)
+    compare.label = lambda *_: None                                       # where names stand in a plot takes long
+    done = call(*FINISHED[script](out))
+    assert done.returncode == 0 and printable(done.stdout) and printable(done.stderr) or len(one_line(done)) < 1000, (script, done.stderr)
+    shutil.rmtree(home)
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_edited_files_end_in_one_line(undisturbed, side_by_side, some, tmp_path, file):
+    """Every value in turn is something else, for everyone who reads the file. Each has its own place in the sweep, so that none is left out."""
+    lines = [json.loads(line) for line in (undisturbed["eval"] / file).read_text().splitlines()] if file.endswith("l") else None
+    if lines:                                                             # of rows, one
+        at = next((i for i, row in enumerate(lines) if row.get("set") == "reasoning"), 1)
+    value = lines[at] if lines else THEORY_JSON if file == "theory.json" else json.loads((undisturbed["eval"] / file).read_text())
+    jobs = []
+    for path, (i, text) in itertools.product([path for path in paths_in(value) if path], enumerate(EDITS_OF_VALUES)):
+        content = as_edited(value, path, text)
+        if lines:
+            content = "".join(json.dumps(row) + "\n" if row is not value else content + "\n" for row in lines)
+        readers = READERS[file]
+        jobs.append((undisturbed, readers[(len(jobs) + i) % len(readers)], file, content, tmp_path / str(len(jobs))))
+    side_by_side(read_edited, some(jobs, 4))
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_files_that_are_something_else_end_in_one_line(undisturbed, side_by_side, some, tmp_path, file):
+    contents = ["", "null", "5", "[]", "{}", "[{}]", "\x00", "[" * 200_000, '{"a":' * 200_000, "\ufeff{}", '"x"', '{"a": 1}\n{"a"']
+    side_by_side(read_edited, some([(undisturbed, script, file, content, tmp_path / f"{script} {i}") for i, content in enumerate(contents) for script in READERS[file]], 1))
+
+
+LATER = [("metrics", 5), ("step", 2**70), ("tokens", -1), ("loss", float("nan")), ("loss", 10**400), ("note", torch.zeros(2)), ("nested", functools.reduce(lambda inner, _: [inner], range(100), 1)),
+         ("betas", (0.9, "x")), ("step", "x"), ("exp_avg", lambda m: m[:1].clone()), ("exp_avg_sq", lambda m: m - 1), ("exp_avg", lambda m: m / 0), ("step", lambda m: m - 9), ("step", lambda m: "x")]
+
+
+def test_checkpoints_that_would_fail_later(undisturbed, tries, some, tmp_path):
+    """What no step could be taken with is seen before the first."""
+    for key, value in some(LATER, 4):
+        out = before_the_end(undisturbed, tmp_path)
+        state = checkpoint_in(out)
+        moments = next(iter(state["optimizer"]["state"].values()))
+        part = moments if callable(value) else {"metrics": state, "betas": state["optimizer"]["param_groups"][0]}.get(key, state["metrics"][0])
+        part[key] = value(moments[key]) if callable(value) else value
+        torch.save(state, out / "checkpoint.pt")
+        with tries("fault"):
+            assert "checkpoint.pt: damaged" in one_line(call(*FLAGS["train"], "--out", out)) and not (out / "model").exists()
+
+
+@pytest.mark.parametrize("answer", ["1" * 5000, "x" * 401, "#### " + "9" * 500])
+def test_an_answer_that_nothing_could_equal_is_refused_before_sampling(tries, tmp_path, answer):
+    path = tmp_path / "rows.jsonl"
+    row = {"instruction": "How much?", "prompt_label": "vanilla_benign", "set": "reasoning", "task": "sums", "answer": answer}
+    for rows in ([row], [{**row, "answer": "5", "instruction": "Hm?"}, row]):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with tries("fault"):
+            said = one_line(call("eval.py", "--model", "tiny", "--before", "tiny", "--prompts", path, "--out", tmp_path / "out"))
+            assert f"row {len(rows)}: its `answer` has more than 400" in said and not (tmp_path / "out").exists()
+    for task in (["sums"], 5, None):
+        path.write_text(json.dumps({**row, "answer": 5, "task": task}))
+        with tries("fault"):
+            assert "row 1: needs `set`" in one_line(call("eval.py", "--model", "tiny", "--before", "tiny", "--prompts", path, "--out", tmp_path / "out"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Faults: files that are none, and links
+
+
+def make_odd(path, kind):
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as s:
+            s.bind(os.path.relpath(path))                                 # a socket's name is short
+    else:
+        path.symlink_to(kind)
+
+
+def ends(flags):
+    """A script in a copy of this process that is killed after a while -> (exit code, stderr)."""
+    def task():
+        signal.alarm(60)
+        done = call(*flags)
+        return done.returncode, done.stderr
+    code, said = forked(task)
+    assert code == 0, "it did not end"
+    return said
+
+
+ODD_FILES = [(file, script) for file, scripts in {**READERS, "checkpoint.pt": ["train"], ".lock": ["guard", "merge", "perplexity"]}.items() for script in scripts[:3]]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "/dev/zero"])
+def test_files_that_are_none_are_not_waited_for(undisturbed, tries, some, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    for file, script in some(ODD_FILES, 5):
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(tmp_path / "joined", ignore_errors=True)
+        shutil.copytree(undisturbed["eval"], out)
+        if file == "checkpoint.pt":
+            out = before_the_end(undisturbed, tmp_path)
+        where = tmp_path / "joined" if (file, script) == (".lock", "merge") else out
+        where.mkdir(exist_ok=True)
+        make_odd(where / file, kind)
+        with tries("fault"):
+            said = ends(FINISHED[script](out))
+            assert said[0] == 0 or file in one_line(said), (file, script, said)      # who has no need of it ends well
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", "notes.txt"])
+def test_a_model_folder_has_regular_files_only(evil, tries, some, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    folder, _ = evil
+    for kind in some(["fifo", "socket", "folder"], 2):
+        if (folder / name).is_dir():
+            (folder / name).rmdir()
+        make_odd(folder / name, kind)
+        with tries("fault"):
+            said = ends(["sample.py", "--model", folder, "--limit", 1, "--max-new-tokens", 1, "--prompts", ROOT / "tiny" / "prompts.jsonl", "--out", tmp_path / "new"])
+            assert said[0] == 0 and kind == "folder" or str(folder) in one_line(said), said
+    for kind in ("fifo", "/dev/zero"):
+        with tries("fault"):
+            make_odd(tmp_path / "rows.jsonl", kind)
+            assert "rows.jsonl: cannot be read (not a regular file)" in one_line(ends(["sample.py", "--prompts", tmp_path / "rows.jsonl", "--out", tmp_path / "new"]))
+
+
+@pytest.mark.parametrize("name, file", [("sample", "samples.jsonl"), ("guard", "verdicts.jsonl"), ("train", "metrics.jsonl"), ("eval", "eval.jsonl"), ("train", "checkpoint.pt")])
+def test_rows_are_not_appended_through_a_link(undisturbed, tries, tmp_path, name, file):
+    out, mine = copied(undisturbed, name, tmp_path), tmp_path / "mine"
+    if file == "checkpoint.pt":
+        out = before_the_end(undisturbed, tmp_path)
+        shutil.move(out / file, mine)
+    elif name == "sample":                                                # a run that goes on, whose rows were moved away
+        shutil.copytree(undisturbed[name], out, dirs_exist_ok=True)
+        shutil.move(out / file, mine)
+    for target in (mine, tmp_path / "nowhere"):
+        before = mine.read_bytes() if mine.exists() else None
+        (out / file).unlink(missing_ok=True)
+        (out / file).symlink_to(target)
+        with tries("attack"):
+            if file == "checkpoint.pt" and target != mine:                # none is there
+                assert call(*FLAGS[name], "--out", out).returncode == 0
+            else:
+                assert file in one_line(call(*FLAGS[name], "--out", out))
+            assert not (tmp_path / "nowhere").exists() and (mine.read_bytes() if mine.exists() else None) == before
+
+
+def test_what_is_replaced_is_not_written_through_a_link(undisturbed, tries, tmp_path):
+    """A link in the place of a file that is written anew makes way; a linked folder is not written into."""
+    pytest.importorskip("matplotlib")
+    for script, file in (("report", "report.html"), ("eval", "eval.json"), ("guard", "guarded.jsonl"), ("merge", "../joined/samples.jsonl"), ("compare", "../table/pareto.png"),
+                         ("compare", "../table/table.md"), ("trl", "trl.jsonl"), ("report", "run.json"), ("card", "model/README.md"), ("card", "model")):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.copytree(undisturbed["eval"], tmp_path / "out")
+        out, mine = tmp_path / "out", tmp_path / "mine"
+        path = out / file
+        path.parent.mkdir(exist_ok=True)
+        shutil.rmtree(mine, ignore_errors=True)
+        if file == "model":
+            shutil.move(path, mine)
+        else:
+            mine.mkdir()
+            (mine / "file").write_bytes(path.read_bytes() if path.exists() and script != "merge" else b"mine")
+            path.unlink(missing_ok=True)
+        path.symlink_to(mine if file == "model" else mine / "file")
+        before = {p: p.read_bytes() for p in mine.iterdir()}
+        with tries("attack"):
+            done = call(*FINISHED[script](out))
+            if file == "model":
+                assert "model: a link to another folder" in one_line(done)
+            else:
+                assert done.returncode == 0 and (file == "run.json" or not path.is_symlink()), (file, done.stderr)
+            assert {p: p.read_bytes() for p in mine.iterdir()} == before
+    with tries("fault"):                                                  # OUT itself may be one
+        (tmp_path / "link").symlink_to(tmp_path / "out")
+        (tmp_path / "out" / "model").unlink()
+        shutil.copytree(undisturbed["eval"] / "model", tmp_path / "out" / "model")
+        assert call(*FLAGS["guard"], "--out", tmp_path / "link").returncode == call("extras.report", "--out", tmp_path / "link").returncode == 0
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "out" / "report.html").is_file()
+
+
+# ---------------------------------------------------------------------------------------------
+# Faults: the last resort, and the streams
+
+
+class PanicException(BaseException):
+    """As a panic in the Rust of a library arrives: it is no Exception."""
+
+
+def raising(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (ValueError("a\n\nb \x1b[2J" + "x" * 5000), 1, "ValueError: a b \\x1b[2Jxxx"), (KeyError("k"), 1, "KeyError: 'k'"), (RecursionError("maximum"), 1, "RecursionError: maximum"),
+    (PanicException("index out of bounds\nnote: run with"), 1, "PanicException: index out of bounds"), (AssertionError(), 1, "AssertionError"), (GeneratorExit(), 1, "GeneratorExit"),
+    (ExceptionGroup("two", [ValueError(), KeyError()]), 1, "ExceptionGroup: two"), (UnicodeEncodeError("ascii", "\u20ac", 0, 1, "no"), 1, "UnicodeEncodeError"),
+    (MemoryError(), 2, "error: MemoryError"), (MemoryError("Unable to allocate 9 TiB"), 2, "error: Unable to allocate"), (InputError("x.jsonl:3: no"), 2, "error: x.jsonl:3: no"),
+    (OSError(28, "No space left on device", "x"), 2, "No space left"), (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of GPU memory; use fewer"),
+    (KeyboardInterrupt(), 130, "stopped; the same command goes on"), (SystemExit(7), 7, ""), (SystemExit(), None, ""), (BrokenPipeError(32, "Broken pipe"), 141, "Broken pipe")])
+def test_whatever_is_raised_ends_in_one_line(tries, monkeypatch, capsys, error, code, said):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with tries("fault"):
+        with pytest.raises(SystemExit) as e:
+            cli(raising(error))
+        line = capsys.readouterr().err
+        assert e.value.code == code and said in line and len(line) < 420 and line.count("\n") <= 2 and printable(line) and "Traceback" not in line
+        assert ("THINKSAFE_DEBUG=1 shows more" in line) == (code == 1)
+    with tries("fault"):
+        monkeypatch.setenv("THINKSAFE_DEBUG", "1")
+        with pytest.raises(SystemExit):
+            cli(raising(error))
+        assert ("Traceback" in capsys.readouterr().err) == (code in (1, 2, 141))
+
+
+def streams(prepare, encoding="utf-8", lines=1):
+    """A main() that prints, in a copy of this process whose streams are those that `prepare` leaves -> its exit code."""
+    def task():
+        prepare()
+        for number, name in enumerate(("stdin", "stdout", "stderr")):     # as the interpreter does
+            try:
+                setattr(sys, name, open(number, "w" if number else "r", encoding=encoding, closefd=False))
+            except OSError:
+                setattr(sys, name, None)
+
+        def main():
+            for _ in range(lines):
+                print("\u20ac \u96ea done", flush=lines > 1)
+            print("warning", file=sys.stderr)
+        try:
+            cli(main)
+        except SystemExit as e:
+            try:
+                sys.stdout.flush()                                        # as in the end
+                return e.code
+            except OSError:
+                return "stdout still fails"
+    code, said = forked(task)
+    assert code == 0
+    return said
+
+
+def closed(*numbers):
+    return lambda: [os.close(number) for number in numbers]
+
+
+def without_a_reader():
+    out, into = os.pipe()
+    os.close(out)
+    os.dup2(into, 1)
+
+
+@pytest.mark.parametrize("prepare, encoding, code", [
+    (closed(1), "utf-8", 0), (closed(2), "utf-8", 0), (closed(0, 1, 2), "utf-8", 0), (without_a_reader, "utf-8", 141), (lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1), "utf-8", 2),
+    *((lambda: None, name, 0) for name in ("ascii", "latin-1", "cp1252", "utf-16"))], ids=["no stdout", "no stderr", "no streams", "head", "full", "ascii", "latin-1", "cp1252", "utf-16"])
+def test_odd_streams(tries, prepare, encoding, code):
+    for lines in (1, 3):
+        with tries("fault"):
+            assert streams(prepare, encoding, lines) == code
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tries, tmp_path):
+    def task():
+        closed(1, 2)()
+        sys.stdout = sys.stderr = None
+
+        def main():
+            writer = RowWriter(tmp_path / "rows.jsonl")
+            os.write(1, b"what a library prints\n")
+            os.write(2, b"and warns of\n")
+            writer.write({"a": 1})
+        with contextlib.suppress(SystemExit):
+            cli(main)
+    with tries("fault"):
+        assert forked(task)[0] == 0 and (tmp_path / "rows.jsonl").read_text() == '{"a": 1}\n'
+
+
+ENVIRONMENT = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"HOME": None}, {"HOME": "/proc"}, {"HF_HOME": "/dev/null"}, {"HF_HOME": ""},
+               {"TMPDIR": "/nowhere"}, {"COLUMNS": "0"}, {"COLUMNS": "x"}, {"COLUMNS": "99999999999"}, {"NO_COLOR": "1"}, {"OMP_NUM_THREADS": "abc"}, {"OMP_NUM_THREADS": "0"},
+               {"PATH": "/nowhere"}, {"TORCH_LOGS": "abc"}, {"TORCH_CPP_LOG_LEVEL": "abc"}, {"TORCH_COMPILE_DEBUG": "x"}, {"TORCHINDUCTOR_CACHE_DIR": "/proc/x"}, {"TRITON_CACHE_DIR": "/proc/x"},
+               {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "abc"}, {"TRANSFORMERS_VERBOSITY": "abc"}, {"HF_HUB_DOWNLOAD_TIMEOUT": "abc"}, {"LOCAL_RANK": "abc"}, {"SLURM_PROCID": "x", "SLURM_NTASKS": "-1"}]
+
+
+def test_odd_environments(tries, some, tmp_path):
+    """Each works, or ends in one line; a variable of a library that says so in several is named by it."""
+    path = tmp_path / "\u96ea.jsonl"
+    path.write_text(json.dumps({"instruction": "\u96ea?", "prompt_label": "vanilla_benign"}), "utf-8")
+    for i, changes in enumerate(some(ENVIRONMENT, 1)):
+        env = {key: value for key, value in {**os.environ, **changes}.items() if value is not None}
+        done = subprocess.run([sys.executable, ROOT / "sample.py", "--prompts", path, "--max-new-tokens", "1", "--out", tmp_path / str(i)], env=env, capture_output=True, timeout=120)
+        with tries("fault"):
+            assert b"Traceback" not in done.stderr and (done.returncode == 0 or done.stderr.count(b"error: ") == 1), (changes, done.stderr)
 
 
 # ---------------------------------------------------------------------------------------------
