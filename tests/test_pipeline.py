@@ -109,7 +109,7 @@ GOOD = {"instruction": "Hello", "prompt_label": "vanilla_benign"}
     ([json.dumps(GOOD), "[1]"], "prompts.jsonl:2"),
     (['{"instruction": "\\ud800", "prompt_label": "vanilla_benign"}'], "prompts.jsonl:1"),
     ([json.dumps(GOOD), '{"prompt_label": "vanilla_benign"}'], "row 2: no text under 'instruction'"),
-    (['{"instruction": 5, "prompt_label": "vanilla_benign"}'], "row 1: instruction must be str"),
+    (['{"instruction": 5, "prompt_label": "vanilla_benign"}'], "instruction is 5"),
     (['{"instruction": "x", "prompt_label": "evil"}'], "prompt_label is 'evil'"),
     (['{"id": "a", "instruction": "x", "prompt_label": "vanilla_benign"}', '{"id": "a", "instruction": "y", "prompt_label": "vanilla_benign"}'], "'a'"),
     ([], "no rows"),
