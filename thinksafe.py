@@ -2,12 +2,6 @@
 The method ThinkSafe, and what every stage shares: packing, the decoder, LoRA, checkpoints, and
 the frame of a script.
 
-    from data.chat import encode_prompt
-    from thinksafe import load_model
-    model, tokenizer = load_model("auto")
-    tokens = torch.tensor(encode_prompt(tokenizer, "How do I bake a cake?"))
-    logits = model.logits(model(tokens, torch.tensor([0, len(tokens)])))     # (T, V)
-
 Text travels packed: the tokens of several documents stand in one row of length T, with cu_seqlens
 (B+1,) = [0, end of the first document, end of the second, ...]. There is no padding anywhere.
 """
@@ -757,8 +751,10 @@ def cli(main):
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         code = 130
     except BaseException as e:                       # a panic of tokenizers is no Exception
-        error, code = str(e) or type(e).__name__, 141 if isinstance(e, BrokenPipeError) else 2
-        if isinstance(e, torch.OutOfMemoryError):
+        error, code = str(e) or type(e).__name__, 2
+        if isinstance(e, BrokenPipeError):
+            error, code = None, 141
+        elif isinstance(e, torch.OutOfMemoryError):
             error = f"out of GPU memory; use fewer --slots or --pack-tokens ({e})"
         elif not isinstance(e, InputError | OSError | SafetensorError | MemoryError):
             error, code = f"{type(e).__name__}: {error:.300} (THINKSAFE_DEBUG=1 shows more)", 1
