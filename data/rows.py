@@ -45,12 +45,17 @@ def check_row(row, required, where):
         raise InputError(f"{where}: prompt_label is {row['prompt_label']!r}, not one of "
                          f"{', '.join(LABELS)}")
 
+ROW_KEY = "id", "k", "when", "guard", "arm"      # what tells the rows of a stage's file apart
+
 def read_rows(path, required=None, growing=False):
     """Read the rows (dicts) of a JSONL file.
 
     required: {key: type} that each row must have, such as TRACE_KEYS. growing: a stage may still be
-    writing, so no file is no rows, and text after the last line end is left out. Raises InputError
-    for a missing file, or one that names the line that is wrong."""
+    writing, so no file is no rows, and text after the last line end is left out.
+
+    The rule: which of two rows is right is not guessed. Raises InputError for a missing file, one
+    that names the line that is wrong, and one that names both lines of a trace that is there twice
+    in a stage's file (with `required`)."""
     path = Path(path)
     if growing and not path.exists():
         return []
@@ -58,11 +63,18 @@ def read_rows(path, required=None, growing=False):
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})")
-    rows = []
+    rows, numbers = [], {}
     for number, line in enumerate(lines[:-1] if growing else lines, 1):
-        if line.strip():
-            rows.append(parse_row(line, f"{path}:{number}"))
-            check_row(rows[-1], required or {}, f"{path}:{number}")
+        if not line.strip():
+            continue
+        row = parse_row(line, f"{path}:{number}")
+        check_row(row, required or {}, f"{path}:{number}")
+        rows.append(row)
+        if required and {"id", "k"} <= row.keys():
+            first = numbers.setdefault(json.dumps([row.get(key) for key in ROW_KEY]), number)
+            if first != number:
+                raise InputError(f"{path}:{number}: id {row['id']!r}, k {row['k']} stands in it "
+                                 f"twice, also in line {first}; delete one of the two lines")
     return rows
 
 def _json_lines(rows):

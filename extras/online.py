@@ -178,7 +178,7 @@ class Online:
 
     Args:
         args: flags. n: rollouts of each prompt.
-        sampling: see sample.sampling_options.
+        sampling: see sampling_options.
         guard, teacher: what the method needs of them, else None."""
 
     def __init__(self, args, n, config, sampling, model, tokenizer, guard=None, teacher=None):
