@@ -97,11 +97,11 @@ def encode_response(tokenizer, text):
 # Where a template writes the time of day or the date, it gets those of the day that Llama 3.2's
 # falls back on: a macro takes the place of transformers' strftime_now.
 TEMPLATE_DATE = datetime(2024, 7, 26)
-LETTERS = string.ascii_letters.replace("s", "")      # %s is the time zone's too
-DIRECTIVES = [f"%{c}" for c in LETTERS] + [f"%-{c}" for c in LETTERS]
-STILL_CLOCK = "{% macro strftime_now(format) %}{{ format" + "".join(
-    f"|replace('{directive}', '{TEMPLATE_DATE.strftime(directive)}')" for directive in DIRECTIVES
-) + " }}{% endmacro %}\n"
+DIRECTIVES = [f"%{dash}{c}" for c in string.ascii_letters if c != "s" for dash in ("", "-")]
+STILL_CLOCK = (                                      # without %s, which is the time zone's too
+    "{% macro strftime_now(format) %}{% set ns = namespace(text=format) %}{% for old, new in "
+    + json.dumps({d: TEMPLATE_DATE.strftime(d) for d in DIRECTIVES}) + ".items() %}"
+    "{% set ns.text = ns.text|replace(old, new) %}{% endfor %}{{ ns.text }}{% endmacro %}\n")
 
 def render_template(tokenizer, texts, in_lists=False, **options):
     """Render the chat template with a user's message, and an assistant's if there are two texts.
@@ -136,7 +136,7 @@ def probe_texts(tokenizer):
     printable characters and control tokens, switches of known templates, and great length."""
     found = " ".join([string.printable, "{{c}} \\d \x85 \u2028 \u00e9", "/think <tool_response>",
                       *control_tokens(tokenizer), 20_000 * "y "])
-    return f"/no_think {found}?\n\n/nothink", f"## {found}\n\n\t* x"
+    return f"Is {found}?\n\n/no_think /nothink", f"## {found}\n\n\t* x"
 
 @functools.lru_cache(maxsize=64)
 def chat_template_parts(tokenizer, thinking=True, turns=1):
