@@ -28,11 +28,12 @@ import torch
 from data.benchmarks import (
     BENCHMARKS, NAMED, grade, kind_of, means_over, paper_figures, read_evaluation)
 from data.chat import template_hash
+from data.generation import sampling_options
 from data.rows import EVAL_KEYS, RowWriter, content_id, write_atomic, write_rows
 from data.run_record import Stage, read_run, stage_seed
 from data.sources import VERSIONS, add_shard_flag, label_counts, owns
 from guard import default_guard, guard_format, load_guard
-from sample import add_sampling_flags, sample_traces, sampling_options
+from sample import add_sampling_flags, sample_traces
 from thinksafe import (
     TINY, InputError, choose_dtype, cli, escape_control_chars, free_memory, is_tiny, load_model,
     make_parser, merge_lora, positive, progress, resolve_model, split_packs)

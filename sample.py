@@ -21,7 +21,7 @@ import torch
 
 from data.chat import decode_response, decode_text, encode_prompt, template_hash
 from data.columns import add_column_flags
-from data.generation import sampling_defaults
+from data.generation import sampling_options
 from data.rows import TRACE_KEYS, RowWriter, content_id
 from data.run_record import Stage
 from data.sources import VERSIONS, add_shard_flag, label_counts, owns, prompt_rows
@@ -354,22 +354,6 @@ def sample_traces(model, tokenizer, rows, max_num_seqs, kv_bits=16, *, seed, **o
         yield {**rows[c.index], "n_prompt_tokens": len(prompts[c.index]),
                "response": decode_response(tokenizer, c.tokens, model.eos_ids),
                "finish_reason": c.finish_reason, "n_tokens": len(c.tokens), **eos}
-
-def sampling_options(args, model, earlier=None):
-    """Return {temperature, top_p, top_k, max_new_tokens}: the flag, else what an earlier stage
-    used, else that of generation_config.json, else the paper's. A temperature under 0.001 is
-    greedy: 0. Raises InputError for a value that cannot be sampled with."""
-    options = {"temperature": 0.6, "top_p": 0.95,
-               "top_k": 20 if model.config.model_type == "qwen3" else 0,
-               "max_new_tokens": 256 if is_tiny(model.folder) else 16384}
-    for source in (sampling_defaults(model.folder), earlier or {}, vars(args)):
-        options |= {key: source[key] for key in options if source.get(key) is not None}
-    t, p, k, n = options.values()
-    numbers = all(isinstance(x, int | float) for x in (t, p)) and type(k) is int and type(n) is int
-    if not numbers or not (0 <= t <= 100 and 0 < p <= 1 and k >= 0 and n >= 1):
-        raise InputError(f"sampling with {options} (flags, or generation_config.json): need 0 < "
-                         "top_p <= 1, temperature 0-100, top_k >= 0, max_new_tokens >= 1")
-    return options | {"temperature": t if t >= 0.001 else 0}
 
 def add_sampling_flags(p):
     g = p.add_argument_group("sampling (default: as an earlier stage, the model's "

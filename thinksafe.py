@@ -465,7 +465,7 @@ def model_hash(folder):
     h = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if (path.name.endswith(("config.json", ".safetensors"))
-                or path.name.startswith(("tokenizer", "vocab", "merges"))):
+                or path.name.startswith(("tokenizer", "vocab", "merges", "added", "special"))):
             with open(path, "rb") as f:
                 h.update(hashlib.file_digest(f, "sha256").digest())
     return h.hexdigest()[:16]
@@ -496,6 +496,7 @@ def read_config(folder):
         raise InputError(f"{path}: {layers} layers, no model has so many")     # lists of that size
     try:
         c = AutoConfig.for_model(**raw)
+        c.standardize_rope_params()              # as transformers does before it computes them
         rope = getattr(c, "rope_parameters", None) or {}
         c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         c.dtype = c.dtype or torch.bfloat16
@@ -507,7 +508,9 @@ def read_config(folder):
             "partial_rotary_factor": rope.get("partial_rotary_factor", 1) != 1,
             "sliding-window attention": getattr(c, "sliding_window", None) or windows,
             f"hidden_act {c.hidden_act!r}": c.hidden_act != "silu",
-            "a quantized checkpoint": hasattr(c, "quantization_config"),
+            "a quantized checkpoint": getattr(c, "quantization_config", None),
+            "transformers_weights": getattr(c, "transformers_weights", None),    # another file
+            "is_causal = false": not getattr(c, "is_causal", True),
             f"dtype {c.dtype}": c.dtype not in (torch.bfloat16, torch.float16, torch.float32)}
     except Exception as e:                       # whatever transformers and its validators raise
         raise InputError(f"{path}: not a model configuration ({str(e)[:200]})")
@@ -554,17 +557,25 @@ def read_tensors(folder):
             if name in tensors and not torch.equal(tensors[name], tensor):
                 raise InputError(f"{folder}: {name} is in {file_of[name]} and, with other values, "
                                  f"in {file}; which one is right?")
-            if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            if not tensor.is_floating_point() or tensor.itemsize == 1:
                 raise InputError(f"{folder / file}: {name} is {tensor.dtype}; a quantized "
                                  "checkpoint is not supported")
             tensors[name], file_of[name] = tensor, file
     return tensors
 
+def may_have_bias(config, layer):
+    """Tell whether transformers gives a linear layer, such as "mlp.up_proj", a bias."""
+    if config.model_type == "qwen2":
+        return layer in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    key = "mlp_bias" if layer.startswith("mlp.") else "attention_bias"
+    return config.model_type != "mistral" and getattr(config, key, False)
+
 def load_weights(folder, device, dtype, quantize=None):
-    """Build the Decoder of a Hugging Face folder, in eval mode and frozen. Whether layers have
-    biases, q/k norms and a tied head is read off the tensors. Layer after layer goes to the device
-    and is quantized there, from files that are mapped. Strict: raises InputError unless every
-    tensor is used, none is missing and all shapes are right."""
+    """Build the Decoder of a Hugging Face folder, in eval mode and frozen. Layer after layer goes
+    to the device and is quantized there, from files that are mapped.
+
+    The rule: what transformers would compute, or InputError. Every tensor must be one that it has,
+    none may be missing but a bias, which is 0 there, and all shapes must be right."""
     config, tensors = read_config(folder), read_tensors(folder)
     head, embedding = tensors.get("lm_head.weight"), tensors.get("embed_tokens.weight")
     tied = config.tie_word_embeddings
@@ -572,10 +583,10 @@ def load_weights(folder, device, dtype, quantize=None):
         tied = embedding is not None and torch.equal(head.to(dtype), embedding.to(dtype))
         if tied:
             del tensors["lm_head.weight"]
-    first = [name.removeprefix("layers.0.") for name in tensors if name.startswith("layers.0.")]
-    biased = {name.removesuffix(".bias") for name in first if name.endswith(".bias")}
+    found = (re.fullmatch(r"layers\.0\.(.+)\.bias", name) for name in tensors)
+    biased = {match[1] for match in found if match and may_have_bias(config, match[1])}
     with torch.device("meta"):
-        model = Decoder(config, biased, "self_attn.q_norm.weight" in first, tied)
+        model = Decoder(config, biased, config.model_type == "qwen3", tied)
     model.inv_freq = rope_frequencies(config)        # on meta it had no values
     try:
         model.load_state_dict(tensors, assign=True)
@@ -593,13 +604,14 @@ def load_weights(folder, device, dtype, quantize=None):
     return model.eval().requires_grad_(False)
 
 def load_tokenizer(folder):
-    """Return the tokenizer of a model folder, for an adapter that of the base model. Raises
-    InputError if it cannot be loaded."""
+    """Return the tokenizer of a model folder, for an adapter without one that of the base model.
+    Raises InputError if it cannot be loaded."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    if (Path(folder) / "adapter_config.json").exists():
+    folder = Path(folder)
+    if (folder / "adapter_config.json").exists() and not any(folder.glob("tokenizer*")):
         folder = resolve_model(read_adapter(folder)["base"]).folder
     # tokenizer.json as it is: what transformers' own classes make of it depends on the version.
-    fast = (Path(folder) / "tokenizer.json").exists()
+    fast = (folder / "tokenizer.json").exists()
     try:
         loader = PreTrainedTokenizerFast if fast else AutoTokenizer
         return loader.from_pretrained(folder, trust_remote_code=False)
@@ -609,8 +621,9 @@ def load_tokenizer(folder):
 # PEFT's keys (0.21) that do not change what a saved adapter computes, and values of others.
 ADAPTER_NOTES = ("target_modules exclude_modules layers_to_transform layers_pattern task_type "
                  "auto_mapping peft_version inference_mode revision lora_dropout fan_in_fan_out "
-                 "use_rslora eva_config qalora_group_size velora_config ensure_weight_tying "
-                 "megatron_config megatron_core runtime_config").split()
+                 "use_rslora eva_config corda_config loftq_config lora_ga_config merge_weights "
+                 "qalora_group_size velora_config ensure_weight_tying megatron_config "
+                 "megatron_core runtime_config _from_model_config").split()
 ADAPTER_VALUES = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}
 
 def read_adapter(folder):
@@ -623,13 +636,14 @@ def read_adapter(folder):
     if not (all(isinstance(adapter.get(key), kind) for key, kind in kinds.items())
             and adapter["peft_type"] == "LORA" and 1 <= adapter["r"] < 2**16
             and math.isfinite(adapter["lora_alpha"])):
-        raise InputError(f"{path}: not a LoRA adapter's configuration: needs {', '.join(kinds)}")
+        raise InputError(f"{path}: not a LoRA adapter's configuration: needs {', '.join(kinds)}; "
+                         f"found peft_type {adapter.get('peft_type')!r}")
     for key, value in adapter.items():
         known = key in (*kinds, *ADAPTER_NOTES) or value in ADAPTER_VALUES.get(key, ())
         if value and not known:
             raise InputError(f"{path}: {key} = {value!r} is not supported")
-    revision = adapter.get("revision")
-    adapter["base"] = adapter["base_model_name_or_path"] + (f"@{revision}" if revision else "")
+    base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
+    adapter["base"] = base if Path(base).exists() or not revision else f"{base}@{revision}"
     rank_stabilized = adapter.get("use_rslora")      # alpha / sqrt(r) instead of alpha / r
     adapter["alpha"] = adapter["lora_alpha"] * (adapter["r"] ** 0.5 if rank_stabilized else 1)
     if (resolve_model(adapter["base"]).folder / "adapter_config.json").exists():
@@ -648,7 +662,7 @@ def load_model(name, device=None, dtype=None, quantize=None):
     name, folder = resolve_model(name)
     if (folder / "adapter_config.json").exists():
         adapter = read_adapter(folder)
-        model, tokenizer = load_model(adapter["base"], device, dtype, quantize)
+        model, _ = load_model(adapter["base"], device, dtype, quantize)
         tensors = load_tensors(folder / "adapter_model.safetensors")
         layers = [name for name, _ in model.named_modules()
                   if f"base_model.model.model.{name}.lora_A.weight" in tensors]
@@ -657,19 +671,21 @@ def load_model(name, device=None, dtype=None, quantize=None):
         add_lora(model, adapter["r"], adapter["alpha"], 0.0, layers)
         load_lora(model, tensors, folder)
         model.name, model.hash = name, f"{model.hash}+{model_hash(folder)}"
-        return model.eval(), tokenizer
-    model, tokenizer = load_weights(folder, device, dtype, quantize), load_tokenizer(folder)
+    else:
+        model = load_weights(folder, device, dtype, quantize)
+        model.name, model.folder = name, folder
+        model.hash = model_hash(folder) + (f"-{quantize}" if quantize else "")
+    tokenizer = load_tokenizer(folder)
     if len(tokenizer) > (size := model.config.vocab_size):
         raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {size}")
-    eos = generation_defaults(folder).get("eos_token_id", model.config.eos_token_id)
+    eos = generation_defaults(model.folder).get("eos_token_id", model.config.eos_token_id)
     eos = tokenizer.eos_token_id if eos is None else eos
     eos = eos if isinstance(eos, list) else [eos]
     if not eos or not all(type(i) is int and 0 <= i < size for i in eos):
         raise InputError(f"{folder}: eos_token_id, of generation_config.json, config.json or the "
                          f"tokenizer, is {eos}: expected ids of tokens")
-    model.name, model.folder, model.eos_ids = name, folder, frozenset(eos)
-    model.hash = model_hash(folder) + (f"-{quantize}" if quantize else "")
-    return model, tokenizer
+    model.eos_ids = frozenset(eos)
+    return model.eval(), tokenizer
 
 def generation_defaults(folder):
     """Return generation_config.json as a dict, {} if there is none."""

@@ -12,6 +12,7 @@ import functools
 import json
 import re
 import signal
+import string
 import threading
 from datetime import datetime
 
@@ -96,10 +97,11 @@ def encode_response(tokenizer, text):
 # Where a template writes the time of day or the date, it gets those of the day that Llama 3.2's
 # falls back on: a macro takes the place of transformers' strftime_now.
 TEMPLATE_DATE = datetime(2024, 7, 26)
-DIRECTIVES = [f"%{c}" for c in "aAbBcdDeFHIjmMpRSTuUwWxXyY"] + ["%-d", "%-m"]
-STILL_CLOCK = "{% macro strftime_now(format) %}{{ format" + "".join(
-    f"|replace('{directive}', '{TEMPLATE_DATE.strftime(directive)}')" for directive in DIRECTIVES
-) + " }}{% endmacro %}\n"
+DIRECTIVES = [f"%{dash}{c}" for c in string.ascii_letters if c != "s" for dash in ("", "-")]
+STILL_CLOCK = (                                      # without %s, which is the time zone's too
+    "{% macro strftime_now(format) %}{% set ns = namespace(text=format) %}{% for old, new in "
+    + json.dumps({d: TEMPLATE_DATE.strftime(d) for d in DIRECTIVES}) + ".items() %}"
+    "{% set ns.text = ns.text|replace(old, new) %}{% endfor %}{{ ns.text }}{% endmacro %}\n")
 
 def render_template(tokenizer, texts, in_lists=False, **options):
     """Render the chat template with a user's message, and an assistant's if there are two texts.
@@ -127,8 +129,14 @@ def join_parts(parts, strips, texts):
         joined += [part, text.strip() if strip else text]
     return [*joined, parts[-1]]
 
-PROBES = (("user \ue000", "assistant \ue000"),
-          ("Is \"a\" < 'b' & {{c}}?\n\n\\d \u00e9", "## No.\n\n\t* x"))
+MARKS = "user \ue000", "assistant \ue000"
+
+def probe_texts(tokenizer):
+    """Return a user's and an assistant's text with whatever a template may look for or change: all
+    printable characters and control tokens, switches of known templates, and great length."""
+    found = " ".join([string.printable, "{{c}} \\d \x85 \u2028 \u00e9", "/think <tool_response>",
+                      *control_tokens(tokenizer), 20_000 * "y "])
+    return f"Is {found}?\n\n/no_think /nothink", f"## {found}\n\n\t* x"
 
 @functools.lru_cache(maxsize=64)
 def chat_template_parts(tokenizer, thinking=True, turns=1):
@@ -137,11 +145,11 @@ def chat_template_parts(tokenizer, thinking=True, turns=1):
 
     thinking=False asks for the form without reasoning, where a template knows one (Qwen3). turns=2:
     a user's message and the assistant's answer. Raises InputError unless the template writes fixed
-    text around each message, and the message exactly once, as it is or stripped: two different
-    texts are tried, with and without white space around them."""
+    text around each message, and the message exactly once, as it is or stripped: `probe_texts` are
+    tried, with and without white space around them."""
     render = functools.partial(render_template, tokenizer, add_generation_prompt=True,
                                enable_thinking=thinking)
-    marks = PROBES[0][:turns]
+    marks = MARKS[:turns]
     for in_lists in (False, True):                     # True: Llama-Guard-3-1B
         parts = re.split("|".join(marks), render(marks, in_lists))
         if len(parts) == turns + 1:
@@ -152,7 +160,8 @@ def chat_template_parts(tokenizer, thinking=True, turns=1):
     padded = [f" \n{mark}\n " for mark in marks]
     text = render(padded, in_lists)
     strips = [mark not in text for mark in padded]
-    for texts in (padded, PROBES[1][:turns], [f"\t{probe} " for probe in PROBES[1][:turns]]):
+    probes = probe_texts(tokenizer)[:turns]
+    for texts in (padded, probes, [f"\t{x} " for x in probes], [f"\n{x}\n" for x in probes]):
         if render(texts, in_lists) != "".join(join_parts(parts, strips, texts)):
             raise InputError(f"{tokenizer.name_or_path}: its chat template changes the text of a "
                              "turn, or writes something else for another text")
@@ -162,9 +171,9 @@ def chat_template_parts(tokenizer, thinking=True, turns=1):
 def turn_end(tokenizer):
     """Return the id of the token that the chat template writes behind an assistant's message, or
     where that is none, of the tokenizer's eos. Raises InputError if there is neither."""
-    control, mark = control_tokens(tokenizer), PROBES[0][1]
+    control, mark = control_tokens(tokenizer), MARKS[1]
     with contextlib.suppress(InputError):
-        text = render_template(tokenizer, PROBES[0], add_generation_prompt=False)
+        text = render_template(tokenizer, MARKS, add_generation_prompt=False)
         end = text.rpartition(mark)[2].lstrip()
         for word in sorted(control, key=len, reverse=True):
             if mark in text and end.startswith(word):
@@ -219,7 +228,7 @@ def decode_response(tokenizer, tokens, eos_ids):
 def reopens_thought(answer):
     """Tell whether an answer goes back to reasoning: it begins with <think>, or has a line of that
     alone. Other answers only name the tag."""
-    return bool(re.search(r"\A\s*<think>|^[ \t]*<think>[ \t]*$", answer, re.M))
+    return bool(re.search(r"\A\s*<think>|^[ \t]*<think>[ \t\r]*$", answer, re.M))
 
 def rejection_reason(response, finish_reason, tokenizer):
     """Say why a trace cannot be trained on (length, prompt_too_long, empty, unclosed_think), or
@@ -242,5 +251,9 @@ def encode_training_pair(tokenizer, prompt, response, eos=None):
     A chat template is never put around a response, because templates delete <think>. What the
     template itself writes of the response (`think_prefix`) belongs to the prompt."""
     response = normalize_think_tags(response, tokenizer).removeprefix(think_prefix(tokenizer))
-    end = control_tokens(tokenizer).get(eos, turn_end(tokenizer))
+    eos = eos if isinstance(eos, str) else ""            # rows may come from other tools
+    ends = [control_tokens(tokenizer).get(eos)]
+    if ends == [None]:                                   # an ordinary token can be an eos too
+        ends = encode_continuation(tokenizer, eos)
+    end = ends[0] if len(ends) == 1 else turn_end(tokenizer)
     return encode_prompt(tokenizer, prompt), [*encode_response(tokenizer, response), end]

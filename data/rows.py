@@ -66,12 +66,17 @@ def check_row(row, required, where):
     if fault:
         raise InputError(f"{where}: {fault}; mend or delete that row")
 
+ROW_KEY = "id", "k", "when", "guard", "arm"      # what tells the rows of a stage's file apart
+
 def read_rows(path, required=None, growing=False):
     """Read the rows (dicts) of a JSONL file.
 
     required: the kind of each row, such as TRACE_KEYS. growing: a stage may still be writing, so
-    no file is no rows, and text after the last line end is left out. Raises InputError for a
-    missing file, for what is no regular file, or one that names the line that is wrong."""
+    no file is no rows, and text after the last line end is left out.
+
+    The rule: which of two rows is right is not guessed. Raises InputError for a missing file, for
+    what is no regular file, one that names the line that is wrong, and one that names both
+    lines of a trace that is there twice in a stage's file (with `required`)."""
     path = Path(path)
     if growing and not path.exists():
         return []
@@ -82,11 +87,18 @@ def read_rows(path, required=None, growing=False):
     return _parse_rows(data, path, required, growing)
 
 def _parse_rows(data, path, required, growing=False):
-    lines, rows = data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), []
+    lines, rows, numbers = data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), [], {}
     for number, line in enumerate(lines[:-1] if growing else lines, 1):
-        if line.strip():
-            rows.append(parse_row(line, f"{path}:{number}"))
-            check_row(rows[-1], required or {}, f"{path}:{number}")
+        if not line.strip():
+            continue
+        row = parse_row(line, f"{path}:{number}")
+        check_row(row, required or {}, f"{path}:{number}")
+        rows.append(row)
+        if required and {"id", "k"} <= row.keys():
+            first = numbers.setdefault(json.dumps([row.get(key) for key in ROW_KEY]), number)
+            if first != number:
+                raise InputError(f"{path}:{number}: id {row['id']!r}, k {row['k']} stands in it "
+                                 f"twice, also in line {first}; delete one of the two lines")
     return rows
 
 def _json_lines(rows):

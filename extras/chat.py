@@ -13,8 +13,9 @@ import sys
 
 from eval import add_model_flags, models_to_compare
 from guard import default_guard, load_guard
-from sample import Sampler, add_sampling_flags, sampling_options
+from sample import Sampler, add_sampling_flags
 from data.chat import decode_response, encode_prompt, rejection_reason
+from data.generation import sampling_options
 from data.run_record import stage_seed
 from thinksafe import (
     InputError, choose_dtype, cli, escape_control_chars, load_model, lora_disabled, lora_layers,

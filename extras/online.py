@@ -38,8 +38,9 @@ from data.columns import add_column_flags
 from data.sources import draw_examples, prompt_rows
 from extras.linear_reverse_kl import linear_reverse_kl
 from guard import load_guard
-from sample import Sampler, add_sampling_flags, sampling_options
+from sample import Sampler, add_sampling_flags
 from data.chat import decode_response, encode_prompt
+from data.generation import sampling_options
 from data.ranks import read_ranks
 from data.run_record import read_run
 from thinksafe import (
@@ -179,7 +180,7 @@ class Online:
 
     Args:
         args: flags. n: rollouts of each prompt.
-        sampling: see sample.sampling_options.
+        sampling: see sampling_options.
         guard, teacher: what the method needs of them, else None."""
 
     def __init__(self, args, n, config, sampling, model, tokenizer, guard=None, teacher=None):

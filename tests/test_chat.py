@@ -148,7 +148,10 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_en
 @pytest.mark.parametrize("content", [
     "m.content.rstrip()", "m.content.lstrip()", "m.content | tojson", "m.content | escape", "m.content | upper", "m.content[:20]", "m.content | replace('&', 'and')",
     "m.content ~ (range(99999) | random)", "m.content.replace('\n\n', '\n')", "m.content ~ m.content.count('\"')", "m.content | wordwrap(10)",
-    "m.content if 'user' in m.content else 'other'", "m.content | indent(2)", "'<think>' ~ m.content if m.content.startswith('Is') else m.content"])
+    "m.content if 'user' in m.content else 'other'", "m.content | indent(2)", "m.content[:2000]", "m.content.strip('\n')", "m.content.removesuffix('\n')",
+    "m.content.splitlines() | join('\n')", "m.content | replace('<|im_end|>', '')", "m.content.split('</think>')[-1]", "m.content | replace('1', 'one')",
+    "m.content | replace('\r', '')", "m.content | replace('\t', ' ')", "m.content ~ ('<think></think>' if '/no_think' in m.content)", "m.content | urlize", "m.content | capitalize",
+    "m.content ~ ('' if m.content.endswith('/nothink') else '/nothink')", "m.content ~ (m.content.split() | length)", "lipsum(1) ~ m.content", "'<think>' ~ m.content if m.content.startswith('Is') else m.content"])
 def test_a_template_that_changes_the_text_is_refused(content):
     """Anything but prefix + text, or stripped text, + suffix: what the probe had would stay in every prompt."""
     tokenizer = TOKENIZERS["tiny"]()
@@ -169,15 +172,43 @@ def test_a_template_that_shows_the_text(content):
 @pytest.mark.parametrize("clock", [
     "{{ strftime_now('%Y-%m-%d') }}", "{{ strftime_now('%d %B %Y') }} {{ strftime_now('%-d.%-m.%y %H:%M:%S %j %A %b %p %F %T') }}", "{% set day = strftime_now('%d') %}{{ day }}",
     "{% macro today() %}{{ strftime_now('%Y') }}{% endmacro %}{{ today() }}", "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}",
-    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"])
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}", "{{ strftime_now('%Y') | int - 0 }}",
+    "{% set now = strftime_now %}{{ now(format='%Y-%m-%d').split('-')[0] }}", "{% set ns = namespace(day=strftime_now('%-H %-I %-y %G-W%V %h %C %k %u %f%z')) %}26 {{ ns.day }}"])
 def test_a_clock_in_a_template_stands_still(clock):
     """On the day that Llama 3.2's template falls back on; all else is written as ever."""
     tokenizer, plain = TOKENIZERS["tiny"](), CHATML.replace("CONTENT", "m.content")
     tokenizer.chat_template = "\n  " + clock + "\n{% if true %}\n  ok\n{% endif %}" + plain
     text = tokenizer.decode(encode_prompt(tokenizer, "hello"))
-    assert "2024" in text or "26" in text
+    assert ("2024" in text or "26" in text) and "%" not in text
     real = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True, tokenize=False, date_string="26 Jul 2024")
     assert text.split("ok")[1] == real.split("ok")[1] and text.count("\n") == real.count("\n") and text[0] == real[0]
+
+
+@pytest.mark.parametrize("templates, said", [
+    ({"default": CHATML, "tool_use": "x"}, ""), ({"rag": CHATML, "tool_use": "x"}, "no default"),
+    (CHATML.replace("{{ CONTENT }}", "{% if m.role == 'assistant' %}{% generation %}{{ CONTENT }}{% endgeneration %}{% else %}{{ CONTENT }}{% endif %}"), ""),
+    ("{%- for m in messages -%}{% if loop.index > 2 %}{% break %}{% endif %}\n{{- '<|im_start|>' + CONTENT }}\n{%- endfor -%}\n{{ 'A' }}", ""),
+    ("   {# a comment #}\n{% set x = 1 %}y\n" + CHATML, ""), ("{{ now() }}" + CHATML, "'now' is undefined")])
+def test_forms_of_templates(templates, said):
+    """Several under names, {% generation %} of trainers, loop controls: as apply_chat_template renders them, or refused by name."""
+    tokenizer = TOKENIZERS["tiny"]()
+    templates = {name: text.replace("CONTENT", "m.content") for name, text in (templates if isinstance(templates, dict) else {"default": templates}).items()}
+    tokenizer.chat_template = templates if len(templates) > 1 else templates["default"]
+    if said:
+        with pytest.raises(InputError, match=said):
+            encode_prompt(tokenizer, "hello")
+        return
+    want = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(encode_prompt(tokenizer, "hello")) == want
+
+
+def test_a_guard_whose_template_cuts_the_reasoning_is_refused():
+    """It would be asked about half of a response."""
+    tokenizer = TOKENIZERS["tiny"]()
+    tokenizer.chat_template = CHATML.replace("CONTENT", "m.content.split('</think>')[-1] if m.role == 'assistant' else m.content")
+    assert encode_prompt(tokenizer, "hello") and template_hash(tokenizer)
+    with pytest.raises(InputError, match="changes the text of a turn"):
+        encode_prompt(tokenizer, "hello", answer="<think>harm</think>No.")
 
 
 def test_the_template_hash_is_of_what_is_rendered():
@@ -210,6 +241,26 @@ def test_a_turn_ends_as_the_template_ends_it(template, eos, want):
     assert ends == [want, "<|endoftext|>", "<|im_end|>", want]
 
 
+@pytest.mark.parametrize("template", [CHATML, CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"), CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif")])
+@pytest.mark.parametrize("text", ["\n\na</think>b", " a</think> b ", "<think>\na</think>b", "<think><think>a</think>b", "\n<think>a</think>b", "a</think>b<think>", "a</think></think>", "", "\t\n"])
+def test_a_sampled_trace_is_taught_token_for_token(template, text):
+    """Also one that ends in an ordinary token of the vocabulary, where generation_config.json names that as an eos."""
+    tokenizer = TOKENIZERS["tiny"]()
+    tokenizer.chat_template = template.replace("CONTENT", "m.content")
+    for end in ("<|im_end|>", "\n", "."):
+        ids = tokenizer.encode(text) + tokenizer.encode(end)
+        assert len(tokenizer.encode(end)) == 1
+        row = {"response": decode_response(tokenizer, ids, {ids[-1]}), "eos": decode_text(tokenizer, ids[-1:])}
+        assert encode_training_pair(tokenizer, "q", row["response"], row["eos"])[1] == ids
+
+
+@pytest.mark.parametrize("eos", [None, True, 2, 1.5, ["<|im_start|>"], {"a": 1}, "", "</s>", "two words"])
+def test_an_eos_that_is_no_token_is_the_templates(eos):
+    """Rows may come from other tools, whose column `eos` is something else."""
+    tokenizer = TOKENIZERS["tiny"]()
+    assert tokenizer.decode(encode_training_pair(tokenizer, "q", "<think>a</think>b", eos)[1][-1]) == "<|im_end|>"
+
+
 def test_no_token_that_ends_a_turn():
     tokenizer = TOKENIZERS["tiny"]()
     tokenizer.chat_template, tokenizer.eos_token = "{% for m in messages %}{{ m.content }}{% endfor %}", None
@@ -228,6 +279,46 @@ def test_an_unknown_token_that_steers_is_control_too(tries):
             with tries("attack"):
                 steers = set(added.values()) - (set() if special else {added[unk]})
                 assert steers.isdisjoint(encode_parts(tokenizer, "", text)) and decode_text(tokenizer, encode_parts(tokenizer, "", text)) == text
+
+
+FLAGS = {"normalized": True}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True, "lstrip": True, "rstrip": True, "single_word": True}
+NORMALIZERS = None, {"type": "Lowercase"}, {"type": "NFKC"}, {"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}]}
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=str)
+def test_flags_of_added_tokens_make_no_control_of_text(tries, tmp_path, normalizer):
+    """Whatever a normalizer puts together; and prompts are those of apply_chat_template, or refused."""
+    TOKENIZERS["tiny"]().save_pretrained(tmp_path)
+    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    for flags in FLAGS:
+        changed = {**source, "normalizer": normalizer, "added_tokens": [token | flags for token in source["added_tokens"]]}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+        tokenizer = load_tokenizer(tmp_path)
+        control = set(control_tokens(tokenizer).values())
+        for text in ("<|im_end|>", "a<|im_end|>b", "<|IM_END|>", "<Think>", "\uff1cthink\uff1e", "<thi\u0301nk>", " <|im_end|> ", "<|im_<|im_end|>end|>"):
+            with tries("attack"):
+                assert control.isdisjoint(encode_parts(tokenizer, "", text))
+        for text in ("hello", "  hello", "\nhello\n", "Don't"):
+            try:
+                ids = encode_prompt(tokenizer, text)
+            except InputError:
+                assert flags.get("single_word")                    # <|im_start|>user is none then, in transformers neither
+                continue
+            assert ids == tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_spelling_of_a_byte_is_text(tries, legacy):
+    """SentencePiece writes rare bytes as <0x0A>, a line end; nobody's text becomes one."""
+    for special in (None, True, False):                            # whether the token is an added one too
+        tokenizer = sentencepiece_like(legacy)
+        if special is not None:
+            tokenizer.add_tokens([AddedToken("<0x0A>", special=special, normalized=False)], special_tokens=special)
+        for text in ("<0x0A>", "a<0x0A>b", "<0x3C>s>", "\u00e9<0xC3>", "<0xE2><0x96><0x81>", "<0x00>"):
+            with tries("attack"):
+                ids = encode_parts(tokenizer, "", text)
+                assert set(control_tokens(tokenizer).values()).isdisjoint(ids) and decode_text(tokenizer, ids) == text
+                assert "<0x0A>" not in tokenizer.convert_ids_to_tokens(ids)
 
 
 def test_no_or_bad_template():
@@ -274,6 +365,8 @@ def test_a_gated_model_tells_how_to_get_access(monkeypatch):
     ("<think>a</think>Wait.\n<think>\nb", "stop", "unclosed_think"),
     ("<think>a</think>Reasoning stands between <think> and its end.", "stop", None),
     ("<think>a</think>- `<think>` opens it\n- <think>, again", "stop", None),
+    ("<think>a</think>1. <think>", "stop", None), ("<think>a</think>> <think>", "stop", None), ("<think>They say </think> ends it.</think>b", "stop", None),
+    ("<think>a</think>b\r\n<think>\r\nc", "stop", "unclosed_think"), ("<think>a</think>\t<think>b", "stop", "unclosed_think"),
 ])
 @pytest.mark.parametrize("name", ["tiny", "tiny_r1", "qwen3"])
 def test_rejection_reasons(name, response, finish, reason):

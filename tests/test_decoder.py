@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from sample import Sampler
 from data.chat import encode_prompt
 from thinksafe import (
-    TINY, InputError, add_lora, load_model, lora_disabled, lora_layers, lora_tensors, merge_lora,
-    new_folder, pack_ids, read_config, rope_frequencies, save_lora, save_model)
+    TINY, InputError, add_lora, load_model, load_tokenizer, lora_disabled, lora_layers, lora_tensors, merge_lora,
+    model_hash, new_folder, pack_ids, read_config, rope_frequencies, save_lora, save_model)
 
 
 def relative(a, b):
@@ -257,6 +257,75 @@ def test_configurations_as_old_and_new_tools_write_them(folders, tmp_path, famil
     assert relative(model.logits(model(docs[0], cu)), want) < 1e-4
 
 
+def copied(folder, to, **changes):
+    """Copy a model folder, with other values in its config.json; ...: without the key."""
+    to.mkdir(exist_ok=True)
+    for f in folder.iterdir():
+        (to / f.name).write_bytes(f.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (to / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    return to
+
+
+def theirs_or_refused(folder, said=""):
+    """Our logits are transformers', or load_model says why not, if `said` is something; "?": either."""
+    from transformers import AutoModelForCausalLM
+    docs, cu = documents(1)
+    try:
+        model, _ = load_model(folder, "cpu", torch.float32)
+    except InputError as e:
+        assert said and re.search(said.replace("?", "."), " ".join(str(e).split())), e
+        return
+    want = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(docs[0][None]).logits[0]
+    assert said in ("", "?") and relative(model.logits(model(docs[0], cu)), want) < 1e-4
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("family, changes, said", [
+    ("qwen3", {"model_type": "llama"}, "Unexpected key.*self_attn.q_norm.weight"), ("llama", {"model_type": "qwen3"}, "Missing key.*self_attn.q_norm.weight"),
+    ("qwen2", {"model_type": "llama"}, "Unexpected key.*self_attn.q_proj.bias"), ("llama_untied_bias", {"attention_bias": False}, "Unexpected key.*q_proj.bias"),
+    ("llama_untied_bias", {"model_type": "mistral", "sliding_window": None}, "Unexpected key.*bias"), ("llama", {"attention_bias": True, "mlp_bias": True}, ""),
+    ("llama", {"model_type": "mistral", "sliding_window": None}, ""), ("llama", {"model_type": "mistral"}, "sliding-window"),
+    ("qwen2", {"is_causal": False}, "is_causal"), ("qwen2", {"transformers_weights": "model_old.safetensors"}, "transformers_weights"),
+    ("qwen2", {"quantization_config": None}, ""), ("qwen2", {"rope_parameters": ..., "rope_theta": 5e4, "rope_scaling": {"type": "default"}}, ""),
+    ("qwen3", {"rope_parameters": ..., "rope_theta": 5e4, "rope_scaling": LLAMA3, "original_max_position_embeddings": 64}, ""),
+    ("llama", {"rope_parameters": ..., "rope_theta": 5e4, "rope_scaling": LLAMA3}, ""), ("llama", {"rope_theta": 7.0}, ""), ("mistral", {"sliding_window": 64}, "sliding"),
+    ("llama", {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e4}, ""), ("qwen2", {"use_sliding_window": False, "sliding_window": 64}, ""),
+    ("llama", {"tie_word_embeddings": ...}, "Missing key.*lm_head"), ("qwen3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'")], ids=str)
+def test_what_transformers_would_compute_or_nothing(folders, tmp_path, family, changes, said):
+    theirs_or_refused(copied(folders(family)[1], tmp_path, **changes), said)
+
+
+@pytest.mark.parametrize("family", ["llama_untied_bias", "mistral", "qwen3"])
+def test_a_key_that_is_missing_has_transformers_default(folders, tmp_path, family):
+    """Each one that the logits may depend on: ours are transformers', or the folder is refused."""
+    for key in ("attention_bias", "mlp_bias", "head_dim", "rope_parameters", "rms_norm_eps", "num_key_value_heads", "hidden_act", "layer_types", "dtype", "architectures"):
+        theirs_or_refused(copied(folders(family)[1], tmp_path, **{key: ...}), "?")
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda name, tensor: ("_orig_mod." + name, tensor), "Missing key"), (lambda name, tensor: ("module." + name, tensor), "Missing key"),          # torch.compile, DDP
+    (lambda name, tensor: ("base_model." + name, tensor), "Missing key"), (lambda name, tensor: (name + "_scale" if "v_proj" in name else name, tensor), "Unexpected key"),
+    (lambda name, tensor: (name, tensor.double()), ""), (lambda name, tensor: (name, tensor.half() if "mlp" in name else tensor), ""),
+    (lambda name, tensor: (name.removeprefix("model."), tensor), "")])
+def test_tensors_of_other_names_and_dtypes(folders, tmp_path, change, said):
+    """A float of any precision is read, as transformers does; a name that no layer has is refused."""
+    folder = copied(folders("qwen2")[1], tmp_path)
+    tensors = dict(change(name, tensor) for name, tensor in load_file(folder / "model.safetensors").items())
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    theirs_or_refused(folder, said)
+
+
+def test_the_identity_of_a_model_sees_every_file_of_the_tokenizer(folders, tmp_path):
+    folder, hashes = copied(folders("qwen2")[1], tmp_path), set()
+    for name in ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer.model", "generation_config.json"):
+        (folder / name).write_text("{}")
+        hashes.add(model_hash(folder))
+    assert len(hashes) == 6
+
+
 def test_a_head_dim_that_is_missing_is_the_architectures(tmp_path):
     config = json.loads((TINY / "student" / "config.json").read_text())
     del config["head_dim"]
@@ -360,6 +429,54 @@ def test_adapters_that_peft_saved(saved_by_peft, settings):
     assert lora_layers(model) and relative(model.logits(model(docs[0], cu)), peft(docs[0][None]).logits[0]) < 1e-4
 
 
+@pytest.mark.parametrize("changes", [
+    {"revision": "main"}, {"fan_in_fan_out": True}, {"merge_weights": True, "enable_lora": None}, {"_from_model_config": True}, {"modules_to_save": []},
+    {"loftq_config": {"loftq_bits": 4}, "corda_config": {"corda_method": "ipm"}, "lora_ga_config": {"scale": "stable"}}, {"lora_alpha": 0.5},
+    {"auto_mapping": {"base_model_class": "Qwen3ForCausalLM", "unsloth_fixed": True}, "a_key_of_tomorrow": None, "alora_invocation_tokens": None}], ids=str)
+def test_adapters_of_older_versions_and_other_tools(saved_by_peft, changes):
+    """What they write beside changes no arithmetic (PEFT itself reads some of it only when it is gone), and tensors may be in bf16."""
+    from peft import PeftModel
+    peft, folder = saved_by_peft(target_modules=["q_proj", "down_proj"])
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    plain = {key: value for key, value in {**config, **changes}.items() if key in config and key not in ("fan_in_fan_out", "loftq_config", "corda_config", "lora_ga_config")}
+    (folder / "adapter_config.json").write_text(json.dumps(plain))
+    peft, docs, cu = PeftModel.from_pretrained(peft.unload(), folder), *documents(1)
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    model, _ = load_model(folder, "cpu", torch.float32)
+    assert relative(model.logits(model(docs[0], cu)), peft(docs[0][None]).logits[0]) < 1e-4
+
+
+def test_the_tokenizer_beside_an_adapter_is_its_own(saved_by_peft, folders, tmp_path):
+    """As AutoTokenizer has it: trainers save theirs there, with the chat template that they trained with."""
+    folder = saved_by_peft(target_modules=["q_proj"])[1]
+    base = load_tokenizer(folders("qwen3")[1])
+    assert load_model(folder, "cpu")[1].get_vocab() == load_tokenizer(folder).get_vocab() == base.get_vocab()
+    base.add_tokens(["<|one more|>"])
+    base.chat_template = "{{ messages[0].content }}!"
+    base.save_pretrained(folder)
+    with pytest.raises(InputError, match="the tokenizer has 1025 tokens, the model 1024"):
+        load_model(folder, "cpu")
+    base = load_tokenizer(folders("qwen3")[1])
+    base.chat_template = "{{ messages[0].content }}!"
+    base.save_pretrained(folder)
+    for tokenizer in (load_tokenizer(folder), load_model(folder, "cpu")[1]):
+        assert tokenizer.decode(encode_prompt(tokenizer, "hi")) == "hi!"
+
+
+@pytest.mark.parametrize("rename", [
+    lambda name: name.replace("model.model.", "model._orig_mod.model."), lambda name: "module." + name, lambda name: name.replace("base_model.model.", ""),
+    lambda name: name.replace(".lora_A", ".base_layer.lora_A"), lambda name: name.replace(".self_attn", "._checkpoint_wrapped_module.self_attn")])
+def test_adapters_whose_tensors_have_other_names(saved_by_peft, rename):
+    """Never the base model alone in silence."""
+    folder = saved_by_peft(target_modules=["q_proj", "down_proj"])[1]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"{folder}: (its adapter has no LoRA of a layer|adapter tensor .* does not fit)"):
+        load_model(folder, "cpu")
+
+
 @pytest.mark.parametrize("key, settings", [
     ("use_dora", {"use_dora": True}), ("bias", {"bias": "lora_only"}), ("bias", {"bias": "all"}), ("lora_bias", {"lora_bias": True}),
     ("modules_to_save", {"modules_to_save": ["lm_head"]}), ("rank_pattern", {"rank_pattern": {"q_proj": 2}}),
@@ -371,6 +488,16 @@ def test_adapters_that_need_more_than_lora_are_refused_by_name(saved_by_peft, ke
     """Each saved by PEFT itself."""
     with pytest.raises(InputError, match=key):
         load_model(saved_by_peft(**{"target_modules": ["q_proj"], **settings})[1], "cpu")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("peft_type", "IA3"), ("peft_type", "ADALORA"), ("peft_type", "PROMPT_TUNING"), ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "loftq"),
+    ("init_lora_weights", "mica"), ("target_parameters", ["mlp.experts"]), ("kasa_config", {"beta": 1e-4}), ("use_bdlora", {"nblocks": 2})])
+def test_what_is_not_supported_of_an_adapter_is_named(lora_pair, name, value):
+    config = lora_pair[2] / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {name: value}))
+    with pytest.raises(InputError, match=re.escape(f"{name} {value!r}" if name == "peft_type" else f"{name} = {value!r} is not supported")):
+        load_model(lora_pair[2], "cpu")
 
 
 @pytest.mark.parametrize("changes", [

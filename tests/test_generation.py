@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data.generation import sampling_defaults
-from sample import sampling_options
+from data.generation import is_followed, sampling_defaults, sampling_options
 from thinksafe import InputError
 
 GREEDY = {"temperature": 0, "top_p": 1.0, "top_k": 50}
@@ -26,13 +25,21 @@ def write(folder, config):
     ({"do_sample": False}, GREEDY, ""),
     ({"do_sample": False, "temperature": 0.6, "top_p": 0.95}, {**GREEDY, "top_p": 0.95}, "greedy, as it has no do_sample: true"),
     ({"temperature": 0.6}, GREEDY, "greedy, as it has no do_sample: true"),
-    ({"do_sample": "yes"}, GREEDY, ""),
+    ({"do_sample": "yes"}, GREEDY, "greedy, as it has no do_sample: true"), ({"do_sample": 1, "top_k": 50}, GREEDY, "greedy, as"),
+    ({"top_p": 0.9}, {**GREEDY, "top_p": 0.9}, "greedy, as"), ({"temperature": 0, "top_p": 0.9}, {**GREEDY, "top_p": 0.9}, ""),
     ({}, {}, ""),
     ({"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "transformers_version": "4.42.3"}, {}, ""),     # SmolLM2's
     ({"do_sample": True, "repetition_penalty": 1.05}, {"temperature": 1.0, "top_p": 1.0, "top_k": 50}, "not followed: repetition_penalty 1.05\n"),   # Qwen2.5's
     ({"max_length": 4096, "num_beams": 4, "stop_strings": ["END"], "forced_eos_token_id": 0, "suppress_tokens": [1]}, {},
      "not followed: max_length 4096, num_beams 4, stop_strings ['END'], forced_eos_token_id 0, suppress_tokens [1]\n"),
-    ({"num_beams": 1, "repetition_penalty": 1.0, "min_p": 0.0, "use_cache": True, "suppress_tokens": []}, {}, ""),        # all off
+    ({"num_beams": 1, "repetition_penalty": 1.0, "min_p": 0.0, "use_cache": True, "suppress_tokens": [], "typical_p": 1, "guidance_scale": 1.0}, {}, ""),
+    # 1 and true are not off everywhere
+    ({"min_new_tokens": 1, "no_repeat_ngram_size": 1, "renormalize_logits": True, "remove_invalid_values": True, "max_time": 1, "max_new_tokens": 1}, {},
+     "not followed: min_new_tokens 1, no_repeat_ngram_size 1, renormalize_logits True, remove_invalid_values True, max_time 1, max_new_tokens 1\n"),
+    # what changes no token
+    ({"use_cache": False, "cache_implementation": "static", "num_assistant_tokens": 20, "prompt_lookup_num_tokens": 3, "output_scores": True}, {}, ""),
+    ({"typical_p": 0.9, "top_h": 0.5, "epsilon_cutoff": 3e-4, "sequence_bias": [[[5], -1.0]], "presence_penalty": 1.5}, {},
+     "not followed: typical_p 0.9, top_h 0.5, epsilon_cutoff 0.0003, sequence_bias [[[5], -1.0]], presence_penalty 1.5\n"),
 ])
 def test_generation_config_is_read_as_transformers_does(tmp_path, capsys, config, want, said):
     assert sampling_defaults(write(tmp_path, config)) == want
@@ -46,6 +53,8 @@ def test_transformers_defaults_are_these():
     defaults = GenerationConfig()
     theirs = {**GenerationConfig._get_default_generation_params(), **{k: v for k, v in vars(defaults).items() if v is not None}}
     assert {key: theirs[key] for key in GREEDY} == {"temperature": 1.0, "top_p": 1.0, "top_k": 50} and not theirs["do_sample"]
+    said = {key for key, value in theirs.items() if value is not None and not is_followed(key, value)}
+    assert said == {"max_length"}                        # a limit that we have of our own
 
 
 @pytest.mark.parametrize("config, flags, want", [

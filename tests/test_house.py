@@ -9,7 +9,7 @@ import tokenize
 from conftest import ROOT
 
 # Budgets of the core. Lower them when something goes out; what comes in has to make room first.
-TOKENS = 29_800      # Python's NAME, OP, NUMBER and STRING tokens: comments and the length of lines do not count
+TOKENS = 29_600      # Python's NAME, OP, NUMBER and STRING tokens: comments and the length of lines do not count
 LINES = 3_300
 FUNCTION = 90        # lines of the longest function
 WIDE = 0              # share of lines over 100 columns

@@ -1094,7 +1094,7 @@ def test_duplicate_ids(undisturbed, tries, tmp_path):
     lines = (out / "samples.jsonl").read_bytes().splitlines(keepends=True)
     (out / "samples.jsonl").write_bytes(b"".join([*lines, lines[5]]))
     with tries("fault"):
-        assert "stand in it twice" in one_line(call("guard.py", "--out", out))
+        assert "stands in it twice, also in line 6" in one_line(call("guard.py", "--out", out))
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"id": "a\x1b[2J", "instruction": t, "prompt_label": "vanilla_benign"}) + "\n" for t in "xy"))
     with tries("fault"):
