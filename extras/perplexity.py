@@ -73,6 +73,7 @@ def main():
     examples = training_examples(args.out, model, tokenizer)
     if not examples:
         raise InputError(f"{args.out}: its training had no fixed set of rows")
+    model.prepack_weights()
     after = perplexity(model, examples)
     if not lora_layers(model):
         model = None

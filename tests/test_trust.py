@@ -1101,6 +1101,24 @@ def test_duplicate_ids(undisturbed, tries, tmp_path):
         assert "row 2: id" in one_line(call("sample.py", "--prompts", path, "--out", tmp_path / "new"))
 
 
+@pytest.mark.parametrize("name, file, key, value", [("sample", "samples.jsonl", "response", "Sure."), ("guard", "samples.jsonl", "finish_reason", "length"),
+                                                    ("guard", "verdicts.jsonl", "p_unsafe", 0.25), ("eval", "eval.jsonl", "response", "Sure.")])
+def test_which_of_two_rows_is_right_is_not_guessed(undisturbed, tries, tmp_path, name, file, key, value):
+    """A trace with other content further down, as files joined by hand have it: both lines are named, and nothing is written."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed[name], out)
+    rows = rows_of(out / file)
+    at = next(i for i, row in enumerate(rows) if row[key] not in (value, None))
+    other = {**rows[at], key: value}
+    with open(out / file, "a") as f:
+        f.write(json.dumps(other) + "\n")
+    before = (out / file).read_bytes()
+    with tries("fault"):
+        said = one_line(call(*FLAGS[name], "--out", out))
+        assert f"{file}:{len(rows) + 1}: id '{other['id']}', k {other['k']} stands in it twice, also in line {at + 1}" in said
+        assert (out / file).read_bytes() == before
+
+
 WRONG = [None, True, -1.5, 10**30, "x\x1b[2J", [1], {}, ...]               # ...: missing
 
 
@@ -1478,11 +1496,13 @@ def test_absurd_configurations_are_refused(evil, tries, some, tmp_path):
                 shutil.rmtree(folder)
                 shutil.copytree(ROOT / "tiny" / "student", folder)
                 (folder / name).write_text(text)
+                if "index" in name:
+                    (folder / "model.safetensors").unlink()
                 assert str(folder) in refused(folder, tmp_path), (name, text[:9])
 
 
 @pytest.mark.parametrize("name, content", [
-    ("generation_config.json", {"eos_token_id": [[1]]}), ("generation_config.json", {"eos_token_id": "x"}), ("generation_config.json", {"temperature": "hot"}),
+    ("generation_config.json", {"eos_token_id": [[1]]}), ("generation_config.json", {"eos_token_id": "x"}), ("generation_config.json", {"do_sample": True, "temperature": "hot"}),
     ("generation_config.json", {"top_k": 1.5}), ("generation_config.json", {"top_p": float("nan")}),
     ("model.safetensors.index.json", {"weight_map": {"a": "../../etc/passwd"}}), ("model.safetensors.index.json", {"weight_map": {"a": "/etc/passwd"}}),
     ("model.safetensors.index.json", {"weight_map": {"a": 5}}),
@@ -1491,6 +1511,8 @@ def test_absurd_configurations_are_refused(evil, tries, some, tmp_path):
 def test_absurd_settings_are_refused(evil, tries, tmp_path, name, content):
     folder, _ = evil
     (folder / name).write_text(json.dumps(content))
+    if "index" in name:                                                   # a single file counts before an index
+        (folder / "model.safetensors").unlink()
     with tries("attack"):
         assert refused(folder, tmp_path)
 
