@@ -30,8 +30,10 @@ VERDICT = ({**_JUDGED, "label": "unknown", "p_unsafe": None, "reason": str},
            {**_JUDGED, "label": ("safe", "unsafe"), "p_unsafe": Number(0, 1), "reason": None})
 GUARDED_KEYS = {**TRACE_KEYS, "response_label": VERDICT_LABELS, "keep": bool, "guard?": str,
                 "p_unsafe?": (None, Number(0, 1)), "reason?": (None, str)}
-EVAL_KEYS = {**TRACE_KEYS, "when": ("before", "after"), "set": str, "task?": str,
-             **dict.fromkeys(("unsafe?", "refused?", "solved?", "guard_unsafe?"), (None, bool))}
+_ASKED = {**TRACE_KEYS, "when": ("before", "after"), "set": str, "task?": str}
+_ANSWERS = "unsafe", "refused", "solved", "guard_unsafe"
+EVAL_KEYS = {**_ASKED, **{f"{key}?": (None, bool) for key in _ANSWERS}}
+JUDGED_EVAL_KEYS = {**_ASKED, **dict.fromkeys(_ANSWERS, (None, bool))}       # eval.py has finished
 METRIC_KEYS = {"step": COUNT, "tokens": COUNT,
                **dict.fromkeys(("targets?", "generated?", "guard_tokens?"), COUNT),
                **dict.fromkeys(("loss?", "ce?", "kl?", "reverse_kl?"), Number())}

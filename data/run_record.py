@@ -49,6 +49,7 @@ RUN = {
                    "data?": TEXT, "label?": (None, *LABELS), "teacher?": TEXT, "guard?": TEXT,
                    "strip_cot?": (None, "harmful", "all")},
                "perplexity?": {"before": PERPLEXITY, "after": PERPLEXITY}},
+    "theory?": ENTRY,
     "eval?": {**ENTRY, "models?": {"before": str, "after": str}, "arguments?": {"before?": TEXT},
               "fingerprint?": {"seed?": SEED, "shard?": (None, [POSITIVE])}}}
 FIGURES = {str: {"percent": (None, POINTS), "low": (None, POINTS), "high": (None, POINTS),
@@ -84,6 +85,8 @@ def read_object(path, kind, make_object=dict):
 
 def _with_todays_names(pairs):
     record = Record(pairs)
+    if any(isinstance(value, str) and "\0" in value for value in record.values()):
+        raise ValueError("a NUL character, which no name has")
     for new, old in (("fingerprint", "identity"), ("skipped", "left_out")):
         if old in record:                            # the names of earlier versions
             record[new] = record.pop(old)

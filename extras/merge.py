@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.kinds import shorten
 from data.rows import (
-    EVAL_KEYS, GUARDED_KEYS, TRACE_KEYS, VERDICT, content_id, read_rows, write_atomic, write_rows)
+    GUARDED_KEYS, JUDGED_EVAL_KEYS, TRACE_KEYS, VERDICT, content_id, read_rows, write_atomic, write_rows)
 from data.run_record import lock_folder, read_eval, read_run
 from eval import write_figures
 from thinksafe import HelpFormatter, InputError, Parser, cli, escape_control_chars
@@ -23,7 +23,7 @@ from thinksafe import HelpFormatter, InputError, Parser, cli, escape_control_cha
 FILES = {"sample": {"samples.jsonl": (TRACE_KEYS, ("id", "k"))},
          "guard": {"verdicts.jsonl": (VERDICT, ("id", "guard", "k")),
                    "guarded.jsonl": (GUARDED_KEYS, ("id", "k"))},
-         "eval": {"eval.jsonl": (EVAL_KEYS, ("id", "when", "k"))}}
+         "eval": {"eval.jsonl": (JUDGED_EVAL_KEYS, ("id", "when", "k"))}}
 
 def shards_in_order(runs, name):
     """Return the folders of the shards 1/N, 2/N, ... of a stage. runs: {folder: run record}.
@@ -64,15 +64,22 @@ def joined_rows(folders, path, kind, keys):
             if key_of(row) in rows:
                 raise InputError(f"{folder / path.name}: id {row['id']}, k {row['k']} is there "
                                  "twice, or in another shard too")
-            if row.get("set") == "reasoning" and path.name == "eval.jsonl" and "task" not in row:
-                raise InputError(f"{folder / path.name}: id {row['id']} has no task; run eval.py "
-                                 "again")
             rows[key_of(row)] = row
     for row in read_rows(path, kind, growing=True):
         if rows.get(key_of(row)) != row:
             raise InputError(f"{path} has other rows: id {row['id']}, k {row['k']} is not from "
                              "these shards; move the file away, or use another OUT")
     return [rows[key] for key in sorted(rows)]
+
+def check_pairs(rows, folders):
+    """Raise InputError unless each sample of eval.py is there before and after training, of one set
+    and task."""
+    kinds = {(row["id"], row["k"], row["when"]): (row["set"], row.get("task")) for row in rows}
+    for (prompt, k, _), kind in kinds.items():
+        both = {kinds.get((prompt, k, when)) for when in ("before", "after")}
+        if both != {kind} or kind == ("reasoning", None):
+            raise InputError(f"{folders[0].parent}/*/eval.jsonl: id {prompt}, k {k} is not there "
+                             "before and after training, of one set and task; run eval.py again")
 
 def added(values):
     """Return the sum of numbers, also by key in dictionaries, and of other values the first."""
@@ -93,6 +100,8 @@ def merge(name, out, runs, folders):
         if "shard" in entry[key]:
             entry[key]["shard"] = None
     entry["arguments"]["out"] = str(out)
+    if name == "eval":
+        check_pairs(files[out / "eval.jsonl"], folders)
     reports = [read_eval(folder) for folder in folders if name == "eval"]
     if None in reports:
         raise InputError(f"{folders[reports.index(None)]}: no eval.json there; run eval.py again")
