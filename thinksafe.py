@@ -564,7 +564,7 @@ def read_tensors(folder):
     return tensors
 
 def may_have_bias(config, layer):
-    """Tell whether transformers gives a linear layer, such as "mlp.up_proj", a bias."""
+    """Tell whether transformers may give a linear layer, such as "mlp.up_proj", a bias."""
     if config.model_type == "qwen2":
         return layer in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     key = "mlp_bias" if layer.startswith("mlp.") else "attention_bias"
