@@ -14,7 +14,8 @@ from pathlib import Path
 
 from data.kinds import shorten
 from data.rows import (
-    GUARDED_KEYS, JUDGED_EVAL_KEYS, TRACE_KEYS, VERDICT, content_id, read_rows, write_atomic, write_rows)
+    GUARDED_KEYS, JUDGED_EVAL_KEYS, TRACE_KEYS, VERDICT, content_id, read_rows, write_atomic,
+    write_rows)
 from data.run_record import lock_folder, read_eval, read_run
 from eval import write_figures
 from thinksafe import HelpFormatter, InputError, Parser, cli, escape_control_chars
