@@ -675,7 +675,7 @@ def test_edited_files_end_in_one_line(undisturbed, side_by_side, some, tmp_path,
             content = "".join(json.dumps(row) + "\n" if row is not value else content + "\n" for row in lines)
         readers = READERS[file]
         jobs.append((undisturbed, readers[(len(jobs) + i) % len(readers)], file, content, tmp_path / str(len(jobs))))
-    side_by_side(read_edited, some(jobs, 4))
+    side_by_side(read_edited, some(jobs, 3))
 
 
 @pytest.mark.parametrize("file", READERS)
@@ -750,7 +750,7 @@ ODD_FILES = [(file, script) for file, scripts in {**READERS, "checkpoint.pt": ["
 @pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "/dev/zero"])
 def test_files_that_are_none_are_not_waited_for(undisturbed, tries, some, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    for file, script in some(ODD_FILES, 5):
+    for file, script in some(ODD_FILES, 3):
         out = tmp_path / "out"
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(tmp_path / "joined", ignore_errors=True)
