@@ -347,7 +347,7 @@ def training_rows(source, label=None, column=None):
     Repeated rows are dropped with a notice. Raises InputError, also for two traces of one id and k.
     """
     rows, repeats = {}, []
-    also_read = ("prompt_label", *VERDICT_KEYS, "summary_end_idx", "next_sentence_end_idx")
+    also_read = ("prompt_label", "eos", *VERDICT_KEYS, "summary_end_idx", "next_sentence_end_idx")
     found = normalized_rows(source, label, column)
     for where, row, of_source in without_stage_keys(found, LATER_STAGE_KEYS, source):
         both = [of_source[key] for key in ("response", "completion") if has_value(of_source, key)]
@@ -365,10 +365,11 @@ def training_rows(source, label=None, column=None):
         row["id"] = row.get("id", default_id)
         # the same words drawn twice count twice
         key = (row["id"], row["k"]) if "k" in row else read
-        first, first_of_source, first_read = rows.setdefault(key, (row, of_source, read))
+        first, first_of_source, first_read, first_where = rows.setdefault(
+            key, (row, of_source, read, where))
         if first_read != read:
             raise InputError(f"{where}: id {row['id']!r} and k {row['k']} are those of another "
-                             "trace before it")
+                             f"trace, {first_where}")
         if first is not row:
             repeats.append((first_of_source, of_source))
     report_dropped(source, "rows", repeats)
