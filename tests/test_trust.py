@@ -663,7 +663,8 @@ def read_edited(undisturbed, script, file, content, home):
 
 @pytest.mark.parametrize("file", READERS)
 def test_edited_files_end_in_one_line(undisturbed, side_by_side, some, tmp_path, file):
-    """Every value in turn is something else, for everyone who reads the file. Each has its own place in the sweep, so that none is left out."""
+    """Every value in turn is each of what it should not be, and the scripts that read the file take turns. Of the large files every seventh case
+    is tried: still every value, every edit and every script."""
     lines = [json.loads(line) for line in (undisturbed["eval"] / file).read_text().splitlines()] if file.endswith("l") else None
     if lines:                                                             # of rows, one
         at = next((i for i, row in enumerate(lines) if row.get("set") == "reasoning"), 1)
@@ -675,7 +676,7 @@ def test_edited_files_end_in_one_line(undisturbed, side_by_side, some, tmp_path,
             content = "".join(json.dumps(row) + "\n" if row is not value else content + "\n" for row in lines)
         readers = READERS[file]
         jobs.append((undisturbed, readers[(len(jobs) + i) % len(readers)], file, content, tmp_path / str(len(jobs))))
-    side_by_side(read_edited, some(jobs, 3))
+    side_by_side(read_edited, some(jobs[::7] if len(jobs) > 1000 else jobs, 3))
 
 
 @pytest.mark.parametrize("file", READERS)
