@@ -172,7 +172,7 @@ def test_what_is_hidden_reaches_the_page_as_escapes(tries, tmp_path):
     hidden = "\u202e\u200d\ufe0f\u3164\u2800\U000e0041\x1b\u2028"
     out = tmp_path / f"out{hidden}"
     rows = [judged(i, "Hi" + hidden, reason=f"why{hidden}", source=hidden, **{hidden: [hidden]}) for i in range(4)]
-    write(out, (), rows, [{"step": 1, f"loss{hidden}": 1.0}], [answer(0, "after", task=hidden, set=hidden)], {**FIGURES, "judge": hidden}, sample=entry(model=hidden))
+    write(out, (), rows, [{"step": 1, "tokens": 1, f"loss{hidden}": 1.0}], [answer(0, "after", task=hidden, set=hidden)], {**FIGURES, "judge": hidden}, sample=entry(model=hidden))
     write_report(out)
     page = Page(out / "report.html")
     with tries("attack"):

@@ -156,7 +156,7 @@ def test_a_changed_run_is_refused(small, tmp_path):
     ("sample.py", ["--temperature", "nan"], "need 0 < top_p"), ("sample.py", ["--device", "cuda:9"], "--device"), ("sample.py", ["--nonsense"], "--nonsense"),
     ("guard.py", ["--threshold", 2], "--threshold"), ("guard.py", ["--guard", "no/such/model"], "no/such/model"),
     ("train.py", ["--save-every", 0], "--save-every"), ("train.py", ["--lora-dropout", 2], "--lora-dropout"), ("train.py", ["--lr", "inf"], "--lr"),
-    ("train.py", ["--lora-targets", "typo"], "LoRA targets typo"), ("train.py", ["--data", "missing.jsonl"], "missing.jsonl"),
+    ("train.py", ["--lora-targets", "typo"], "no block has a layer typo"), ("train.py", ["--data", "missing.jsonl"], "missing.jsonl"),
     ("eval.py", ["--limit", 8, "--judge", "no/such"], "no/such"), ("eval.py", ["--prompts", ROOT / "tiny" / "prompts.jsonl"], "row 1: needs `set`"),
 ])
 def test_bad_flags(small, script, flags, message):

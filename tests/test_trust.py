@@ -703,18 +703,20 @@ def test_checkpoints_that_would_fail_later(undisturbed, tries, some, tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["1" * 5000, "x" * 401, "#### " + "9" * 500])
-def test_an_answer_that_nothing_could_equal_is_refused_before_sampling(tries, tmp_path, answer):
+def test_a_reference_of_any_length_is_graded(tries, tmp_path, answer):
+    """After all the sampling nothing is lost by it; what is no task is refused before."""
     path = tmp_path / "rows.jsonl"
     row = {"instruction": "How much?", "prompt_label": "vanilla_benign", "set": "reasoning", "task": "sums", "answer": answer}
     for rows in ([row], [{**row, "answer": "5", "instruction": "Hm?"}, row]):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         with tries("fault"):
-            said = one_line(call("eval.py", "--model", "tiny", "--before", "tiny", "--prompts", path, "--out", tmp_path / "out"))
-            assert f"row {len(rows)}: its `answer` has more than 400" in said and not (tmp_path / "out").exists()
+            out = tmp_path / str(len(rows))
+            done = call("eval.py", "--model", "tiny", "--before", "tiny", "--prompts", path, "--out", out, "--max-new-tokens", 8)
+            assert done.returncode == 0 and [row["solved"] for row in rows_of(out / "eval.jsonl")] == 2 * len(rows) * [False]
     for task in (["sums"], 5, None):
         path.write_text(json.dumps({**row, "answer": 5, "task": task}))
         with tries("fault"):
-            assert "row 1: needs `set`" in one_line(call("eval.py", "--model", "tiny", "--before", "tiny", "--prompts", path, "--out", tmp_path / "out"))
+            assert re.search("row 1: (needs `set`|task must be text)", one_line(call("eval.py", "--model", "tiny", "--before", "tiny", "--prompts", path, "--out", tmp_path / "out")))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -858,7 +860,7 @@ def raising(error):
     (ExceptionGroup("two", [ValueError(), KeyError()]), 1, "ExceptionGroup: two"), (UnicodeEncodeError("ascii", "\u20ac", 0, 1, "no"), 1, "UnicodeEncodeError"),
     (MemoryError(), 2, "error: MemoryError"), (MemoryError("Unable to allocate 9 TiB"), 2, "error: Unable to allocate"), (InputError("x.jsonl:3: no"), 2, "error: x.jsonl:3: no"),
     (OSError(28, "No space left on device", "x"), 2, "No space left"), (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of GPU memory; use fewer"),
-    (KeyboardInterrupt(), 130, "stopped; the same command goes on"), (SystemExit(7), 7, ""), (SystemExit(), None, ""), (BrokenPipeError(32, "Broken pipe"), 141, "Broken pipe")])
+    (KeyboardInterrupt(), 130, "stopped; the same command goes on"), (SystemExit(7), 7, ""), (SystemExit(), None, ""), (BrokenPipeError(32, "Broken pipe"), 141, "")])
 def test_whatever_is_raised_ends_in_one_line(tries, monkeypatch, capsys, error, code, said):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with tries("fault"):
