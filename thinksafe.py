@@ -783,7 +783,7 @@ def cli(main):
         if not code:                                 # `| head` has read enough, or the disk is full
             error, code = (None, 141) if isinstance(e, BrokenPipeError) else (str(e), 2)
     if error:
-        print("error: " + escape_control_chars(" ".join(error.split())), file=sys.stderr)
+        print("error: " + escape_control_chars(" ".join(error.split())[:900]), file=sys.stderr)
     raise SystemExit(code)
 
 @contextlib.contextmanager
