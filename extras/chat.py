@@ -11,12 +11,12 @@ import contextlib
 import itertools
 import sys
 
-from eval import add_model_flags, models_to_compare
-from guard import default_guard, load_guard
-from sample import Sampler, add_sampling_flags
 from data.chat import decode_response, encode_prompt, rejection_reason
 from data.generation import sampling_options
 from data.run_record import stage_seed
+from eval import add_model_flags, models_to_compare
+from guard import default_guard, load_guard
+from sample import Sampler, add_sampling_flags
 from thinksafe import (
     InputError, choose_dtype, cli, escape_control_chars, load_model, lora_disabled, lora_layers,
     make_parser, resolve_model)
