@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.chat import decode_response, decode_text, encode_prompt, template_hash
+from data.chat import decode_continuation, decode_response, encode_prompt, template_hash
 from data.columns import add_column_flags
 from data.generation import sampling_options
 from data.rows import TRACE_KEYS, RowWriter, content_id
@@ -350,10 +350,11 @@ def sample_traces(model, tokenizer, rows, max_num_seqs, kv_bits=16, *, seed, **o
     keys = [f"{row['id']}/{row['k']}" for row in rows]
     sampler = Sampler(model, tokenizer, max_num_seqs, kv_bits)
     for c in sampler.generate(prompts, seed=seed, keys=keys, **options):
-        eos = {"eos": decode_text(tokenizer, c.tokens[-1:])} if c.finish_reason == "stop" else {}
+        eos = decode_continuation(tokenizer, c.tokens[-1:])
         yield {**rows[c.index], "n_prompt_tokens": len(prompts[c.index]),
                "response": decode_response(tokenizer, c.tokens, model.eos_ids),
-               "finish_reason": c.finish_reason, "n_tokens": len(c.tokens), **eos}
+               "finish_reason": c.finish_reason, "n_tokens": len(c.tokens),
+               **({"eos": eos} if c.finish_reason == "stop" else {})}
 
 def add_sampling_flags(p):
     g = p.add_argument_group("sampling (default: as an earlier stage, the model's "

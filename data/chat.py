@@ -60,9 +60,10 @@ def encode_continuation(tokenizer, text):
         return ids[len(newline):]
     return tokenizer.encode(text, add_special_tokens=False)
 
-def encode_parts(tokenizer, *parts):
+def encode_parts(tokenizer, *parts, continues=False):
     """Return the token ids (list[int]) of the parts, joined: in turns a template's own text and
-    text of a user or model. Only the template's text becomes control tokens.
+    text of a user or model. Only the template's text becomes control tokens. continues: they
+    continue other text (see `encode_continuation`).
 
     Ordinary text is encoded in one piece, as apply_chat_template does. Where a user's text spells a
     control token, it is cut after that spelling's first character. The last try cuts between all
@@ -81,18 +82,18 @@ def encode_parts(tokenizer, *parts):
             cuts = [0, *(find_cuts(part) if n % 2 else []), len(part)]
             pieces[-1] += part[:cuts[1]]
             pieces += [part[a:b] for a, b in zip(cuts[1:], cuts[2:])]
-        ids = encode(pieces[0])
-        for piece in pieces[1:]:
+        ids = [] if continues else encode(pieces.pop(0))
+        for piece in pieces:
             ids += encode_continuation(tokenizer, piece)
         if [i for i in ids if i in control] == wanted:
             return ids
     raise InputError(f"{tokenizer.name_or_path}: text cannot be told from the tokenizer's control "
                      "tokens; use another model")
 
-def encode_response(tokenizer, text):
+def encode_response(tokenizer, text, continues=True):
     """Return the token ids (list[int]) of a response, without eos. Only <think> and </think> in it
-    are control tokens."""
-    return encode_parts(tokenizer, "", *re.split("(</?think>)", text))
+    are control tokens. continues=False: SentencePiece's first word is as behind a space."""
+    return encode_parts(tokenizer, "", *re.split("(</?think>)", text), continues=continues)
 
 # Where a template writes the time of day or the date, it gets those of the day that Llama 3.2's
 # falls back on: a macro takes the place of transformers' strftime_now.
@@ -219,11 +220,17 @@ def decode_text(tokenizer, ids):
     """Return the text of token ids as it is: control tokens stay, spaces are not cleaned up."""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+def decode_continuation(tokenizer, ids):
+    """Return the text of token ids that continue other text: `encode_continuation` backwards."""
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    return decode_text(tokenizer, newline + ids).removeprefix("\n")
+
 def decode_response(tokenizer, tokens, eos_ids):
     """Return the whole text of a sampled response: it begins with what the template wrote
-    (`think_prefix`), and the closing eos token is left out."""
+    (`think_prefix`), and the closing eos token is left out. Where SentencePiece's first token has
+    a space, the text begins with that."""
     tokens = tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens
-    return think_prefix(tokenizer) + decode_text(tokenizer, tokens)
+    return think_prefix(tokenizer) + decode_continuation(tokenizer, tokens)
 
 def reopens_thought(answer):
     """Tell whether an answer goes back to reasoning: it begins with <think>, or has a line of that
@@ -249,11 +256,14 @@ def encode_training_pair(tokenizer, prompt, response, eos=None):
     tokenizer has that, else the template's (`turn_end`).
 
     A chat template is never put around a response, because templates delete <think>. What the
-    template itself writes of the response (`think_prefix`) belongs to the prompt."""
+    template itself writes of the response (`think_prefix`) belongs to the prompt. A trace, which
+    has an `eos`, is encoded as it was sampled; of other tools' responses SentencePiece's first word
+    gets the space that it has behind a prompt, unless that ends in a line end."""
     response = normalize_think_tags(response, tokenizer).removeprefix(think_prefix(tokenizer))
+    continues = isinstance(eos, str) or chat_template_parts(tokenizer)[0][-1][-1:].isspace()
     eos = eos if isinstance(eos, str) else ""            # rows may come from other tools
     ends = [control_tokens(tokenizer).get(eos)]
     if ends == [None]:                                   # an ordinary token can be an eos too
         ends = encode_continuation(tokenizer, eos)
     end = ends[0] if len(ends) == 1 else turn_end(tokenizer)
-    return encode_prompt(tokenizer, prompt), [*encode_response(tokenizer, response), end]
+    return encode_prompt(tokenizer, prompt), [*encode_response(tokenizer, response, continues), end]

@@ -44,10 +44,10 @@ def export_trl(path, examples, tokenizer):
         ids, n = example["ids"], example["n_prompt"]
         start = len(bos) if ids[:len(bos)] == bos else 0
         prompt = decode_text(tokenizer, ids[start:n])
-        completion = decode_text(tokenizer, ids[n:])
-        both = prompt + completion
-        if tokenizer(prompt)["input_ids"] == ids[:n] and tokenizer(both)["input_ids"] == ids:
-            rows.append({"prompt": prompt, "completion": completion})
+        both = decode_text(tokenizer, ids[start:])
+        as_trl = [tokenizer(text)["input_ids"] for text in (prompt, both)]
+        if as_trl == [ids[:n], ids] and both.startswith(prompt):
+            rows.append({"prompt": prompt, "completion": both.removeprefix(prompt)})
         else:
             skipped += 1
     write_rows(path, rows)

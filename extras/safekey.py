@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data.chat import decode_text, normalize_think_tags, think_prefix
+from data.chat import decode_continuation, normalize_think_tags, think_prefix
 from data.rows import content_id
 from thinksafe import InputError, cli, make_parser, pack_ids, split_packs
 
@@ -50,7 +50,8 @@ def key_sentence(row, response, ids, tokenizer):
     ends[0] = len(response[:ends[0]].rstrip())       # a word's first token has the space before it
 
     def text_length(n):
-        return len(decode_text(tokenizer, ids[:n]))
+        text = decode_continuation(tokenizer, ids[:n])
+        return len(text if response.startswith(" ") else text.removeprefix(" "))
     start, end = (bisect.bisect_left(range(len(ids) + 1), end, key=text_length) for end in ends)
     return (start, end) if 0 < start < end <= len(ids) else None
 

@@ -8,8 +8,8 @@ from tokenizers import AddedToken
 from templates import R1_TOKENS, as_r1, real, sentencepiece_like
 
 from data.chat import (
-    chat_template_parts, control_tokens, decode_response, decode_text, encode_parts, encode_prompt,
-    encode_response, normalize_think_tags, rejection_reason, template_hash, think_prefix, encode_training_pair)
+    chat_template_parts, control_tokens, decode_response, decode_text, encode_continuation,
+    encode_parts, encode_prompt, encode_response, normalize_think_tags, rejection_reason, template_hash, think_prefix, encode_training_pair)
 from thinksafe import InputError, load_tokenizer, resolve_model
 
 TOKENIZERS = {
@@ -105,8 +105,10 @@ def test_a_training_row_is_prompt_response_and_eos(tokenizer, response):
     messages = [{"role": "user", "content": "What is 2 + 2?"}]
     assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024")
     assert target[-1] == tokenizer.eos_token_id
-    assert decode_response(tokenizer, target, {tokenizer.eos_token_id}) == response
-    assert encode_response(tokenizer, response.removeprefix(think_prefix(tokenizer))) == target[:-1]
+    assert decode_response(tokenizer, target, {tokenizer.eos_token_id}).lstrip(" ") == response
+    own = think_prefix(tokenizer) + decode_response(tokenizer, target, {tokenizer.eos_token_id}).removeprefix(think_prefix(tokenizer))
+    assert encode_training_pair(tokenizer, "What is 2 + 2?", own, tokenizer.eos_token) == (ids, target)
+    assert encode_response(tokenizer, own.removeprefix(think_prefix(tokenizer))) == target[:-1]
     if think_prefix(tokenizer) and response == ANSWERS[0]:                   # as older versions stored it
         assert encode_training_pair(tokenizer, "What is 2 + 2?", response.removeprefix("<think>\n")) == (ids, target)
 
@@ -252,6 +254,20 @@ def test_a_sampled_trace_is_taught_token_for_token(template, text):
         assert len(tokenizer.encode(end)) == 1
         row = {"response": decode_response(tokenizer, ids, {ids[-1]}), "eos": decode_text(tokenizer, ids[-1:])}
         assert encode_training_pair(tokenizer, "q", row["response"], row["eos"])[1] == ids
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("turn, other_tools", [("[INST] {} [/INST]", "▁H"), ("### User:\n{}\n\n### Response:\n", "H"), ("<|user|>\n{}</s>\n<|assistant|>\n", "H"),
+                                               ("USER: {} ASSISTANT:", "▁H")])
+def test_a_trace_is_trained_as_it_was_sampled_by_sentencepiece(legacy, turn, other_tools):
+    """Where a prompt ends in a line end its first word has no space, and elsewhere it may. Another tool's response begins as a model's would."""
+    tokenizer = sentencepiece_like(legacy)
+    tokenizer.chat_template = "{{ bos_token + %s }}" % json.dumps(turn).replace("{}", '" + messages[0].content + "')
+    for start in ("How", " How", "  How", "\nHow", " ", "\n \n", "漢字", "<think>\nHow"):
+        ids = [*encode_continuation(tokenizer, start + " to do it."), tokenizer.eos_token_id]
+        response = decode_response(tokenizer, ids, {ids[-1]})
+        assert response == start + " to do it." and encode_training_pair(tokenizer, "q", response, "</s>")[1] == ids
+    assert tokenizer.convert_ids_to_tokens(encode_training_pair(tokenizer, "q", "How to do it.")[1])[0].startswith(other_tools)
 
 
 @pytest.mark.parametrize("eos", [None, True, 2, 1.5, ["<|im_start|>"], {"a": 1}, "", "</s>", "two words"])

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import unicodedata
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,16 +104,27 @@ def forked(task, *args):
     return code, json.loads(said) if said else None
 
 
+def in_time(task, *args):
+    """task(*args); what hangs ends this process after ten minutes, and with it the test."""
+    signal.alarm(600)
+    task(*args)
+    signal.alarm(0)
+
+
 @pytest.fixture
 def side_by_side(tries):
     """f(task, [arguments, ...]): task(*arguments) of each is a fault tried, in copies of this process on all cores."""
     def run(task, jobs):
         skip_with_cuda()
         torch.set_num_threads(1)
-        with multiprocessing.get_context("fork").Pool(1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count()) as pool:
-            for job in [pool.apply_async(task, args) for args in jobs]:
-                with tries("fault"):
-                    job.get()
+        workers = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count()
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+            try:
+                for job in [pool.submit(in_time, task, *args) for args in jobs]:
+                    with tries("fault"):
+                        job.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
     return run
 
 
