@@ -62,12 +62,12 @@ def test_two_runs_are_the_same_file(small, tmp_path):
 
 
 def test_killed_after_the_kth_row_in_each_stage(small, tmp_path):
-    """SIGKILL, twice per stage, then to the end: the rows' ids of the undisturbed run, each once."""
+    """SIGKILL, twice while sampling and once in each other stage, then to the end: the rows' ids of the undisturbed run, each once."""
     def ids(path):
         return sorted((r["id"], r.get("k", 0), r.get("when")) for r in rows_of(path))
     out = tmp_path / "out"
-    for script, name, flags, stops in (("sample.py", "samples", ["--limit", 60, "--slots", 16], (1, 37)), ("guard.py", "verdicts", [], (1, 20)),
-                                       ("eval.py", "eval", ["--limit", 8], (5, 40))):
+    for script, name, flags, stops in (("sample.py", "samples", ["--limit", 60, "--slots", 16], (1, 37)), ("guard.py", "verdicts", [], (20,)),
+                                       ("eval.py", "eval", ["--limit", 8], (40,))):
         if script == "eval.py":
             call("train.py", "--out", out, "--epochs", 1)
         for k in stops:
