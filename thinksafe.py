@@ -187,7 +187,7 @@ def rope_frequencies(config):
     """Return inv_freq (head_dim/2,) in fp32, with llama3's scaling where the config asks for it.
     Its source: transformers, modeling_rope_utils._compute_llama3_parameters."""
     rope, d = config.rope_parameters, config.head_dim
-    inv_freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
+    inv_freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, d, 2, device="cpu").float() / d)
     if rope["rope_type"] == "default":
         return inv_freq
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -256,7 +256,8 @@ class Decoder(nn.Module):
 
         def make_linear(name, n_in, n_out):
             return Linear(n_in, n_out, bias=name in biased)
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        weight = torch.empty(c.vocab_size, c.hidden_size)        # drawing it takes a second on meta
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(
             Block(c, make_linear, qk_norm) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -587,7 +588,6 @@ def load_weights(folder, device, dtype, quantize=None):
     biased = {match[1] for match in found if match and may_have_bias(config, match[1])}
     with torch.device("meta"):
         model = Decoder(config, biased, config.model_type == "qwen3", tied)
-    model.inv_freq = rope_frequencies(config)        # on meta it had no values
     try:
         model.load_state_dict(tensors, assign=True)
         for name, module in list(model.named_modules()):
@@ -595,8 +595,7 @@ def load_weights(folder, device, dtype, quantize=None):
                 module.to(device, dtype)
             if quantize and name.startswith("layers.") and isinstance(module, Linear):
                 bias = None if module.bias is None else module.bias.detach()
-                quantized = QuantizedLinear(module.weight.detach(), bias, quantize)
-                model.set_submodule(name, quantized)
+                model.set_submodule(name, QuantizedLinear(module.weight.detach(), bias, quantize))
     except ImportError as e:
         raise InputError(f"--quantize {quantize}: {e}")
     except (RuntimeError, ValueError) as e:
