@@ -748,7 +748,8 @@ def escape_control_chars(text):
 
 def cli(main):
     """Run a script's main(). An error is one line, and exit code 2 if a person can mend it, 1 if it
-    is a fault in here, 141 if stdout's reader has left. THINKSAFE_DEBUG=1 shows the traceback."""
+    is a fault in here, 141 if stdout's reader has left, 130 and 143 after Ctrl-C and SIGTERM.
+    THINKSAFE_DEBUG=1 shows the traceback."""
     def on_sigterm(*_):
         raise SystemExit(143)
     signal.signal(signal.SIGTERM, on_sigterm)
@@ -767,9 +768,7 @@ def cli(main):
         code = 130
     except BaseException as e:                       # a panic of tokenizers is no Exception
         error, code = str(e) or type(e).__name__, 2
-        if isinstance(e, BrokenPipeError):
-            error, code = None, 141
-        elif isinstance(e, torch.OutOfMemoryError):
+        if isinstance(e, torch.OutOfMemoryError):
             error = f"out of GPU memory; use fewer --slots or --pack-tokens ({e})"
         elif not isinstance(e, InputError | OSError | SafetensorError | MemoryError):
             error, code = f"{type(e).__name__}: {error:.300} (THINKSAFE_DEBUG=1 shows more)", 1
@@ -779,7 +778,7 @@ def cli(main):
         sys.stdout.flush()
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if not code:                                 # `| head` has read enough, or the disk is full
+        if not code or error == str(e):              # `| head` has read enough, or the disk is full
             error, code = (None, 141) if isinstance(e, BrokenPipeError) else (str(e), 2)
     if error:
         print("error: " + escape_control_chars(" ".join(error.split())[:900]), file=sys.stderr)

@@ -39,11 +39,11 @@ def prompt_alone(row, where):
     return find_prompt(row, where), ""
 
 def safe_prompt(row, where):
-    is_safe = find_label(row, None, where) == "vanilla_benign"
+    is_safe = find_label(row, where) == "vanilla_benign"
     return prompt_alone(row, where) if is_safe else None
 
 def harmful_attack(row, where):
-    is_harmful = find_label(row, None, where) == "adversarial_harmful"
+    is_harmful = find_label(row, where) == "adversarial_harmful"
     return prompt_alone(row, where) if is_harmful else None
 
 def math_problem(row, where, columns=("answer",)):

@@ -41,9 +41,9 @@ def time_limit(seconds):
 
 @functools.lru_cache(maxsize=16)
 def control_tokens(tokenizer):
-    """Return {string: id} of the added tokens that steer a model: the special ones, and others of
-    more than one character that are not white space (Qwen3's <think> is not marked as special),
-    but for an unknown token that only stands for characters which the vocabulary lacks."""
+    """Return {string: id} of the added tokens that steer a model: all special ones, and of the rest
+    those of more than one character that are not white space, as Qwen3's <think>. An unknown token
+    that is not special does not count: it only stands for characters that the vocabulary lacks."""
     found = {}
     for i, token in tokenizer.added_tokens_decoder.items():
         names_a_word = len(token.content) > 1 and token.content.strip()
@@ -172,12 +172,12 @@ def chat_template_parts(tokenizer, thinking=True, turns=1):
 def turn_end(tokenizer):
     """Return the id of the token that the chat template writes behind an assistant's message, or
     where that is none, of the tokenizer's eos. Raises InputError if there is neither."""
-    control, mark = control_tokens(tokenizer), MARKS[1]
+    control = control_tokens(tokenizer)
     with contextlib.suppress(InputError):
         text = render_template(tokenizer, MARKS, add_generation_prompt=False)
-        end = text.rpartition(mark)[2].lstrip()
+        _, answer, end = text.rpartition(MARKS[1])
         for word in sorted(control, key=len, reverse=True):
-            if mark in text and end.startswith(word):
+            if answer and end.lstrip().startswith(word):
                 return control[word]
     if tokenizer.eos_token_id is None:
         raise InputError(f"{tokenizer.name_or_path}: no token ends a turn, neither in the chat "
@@ -203,9 +203,7 @@ def normalize_think_tags(response, tokenizer):
     prefix = think_prefix(tokenizer)
     if response.startswith(prefix):
         return response
-    if response.startswith("<think>"):
-        response = response.removeprefix("<think>").removeprefix("\n")
-    return prefix + response
+    return prefix + (re.sub(r"\A\s*<think>\n?", "", response) if prefix else response)
 
 def template_hash(tokenizer):
     """Return a hash of what the chat template writes around messages. Raises InputError where there
@@ -238,9 +236,9 @@ def reopens_thought(answer):
     return bool(re.search(r"\A\s*<think>|^[ \t]*<think>[ \t\r]*$", answer, re.M))
 
 def rejection_reason(response, finish_reason, tokenizer):
-    """Say why a trace cannot be trained on (length, prompt_too_long, empty, unclosed_think), or
-    return None. Where the vocabulary has </think>, a trace without one never finished its
-    reasoning. The paper drops those traces too."""
+    """Say why a trace cannot be trained on (its finish_reason, such as length or prompt_too_long,
+    else empty or unclosed_think), or return None. Where the vocabulary has </think>, a trace
+    without one never finished its reasoning. The paper drops those traces too."""
     if finish_reason != "stop":
         return str(finish_reason or "unfinished")
     answer = response.rpartition("</think>")[2]
@@ -250,10 +248,20 @@ def rejection_reason(response, finish_reason, tokenizer):
     unclosed = reasons and "</think>" not in response
     return "unclosed_think" if unclosed or reopens_thought(answer) else None
 
+def trace_end(tokenizer, eos):
+    """Return the id of `eos`, the token that a trace ended in, if it is one of the tokenizer's,
+    else that of `turn_end`. eos: whatever a row has there: rows may come from other tools."""
+    if isinstance(eos, str):
+        if eos in control_tokens(tokenizer):
+            return control_tokens(tokenizer)[eos]
+        ids = encode_continuation(tokenizer, eos)        # an ordinary token can be an eos too
+        if len(ids) == 1:
+            return ids[0]
+    return turn_end(tokenizer)
+
 def encode_training_pair(tokenizer, prompt, response, eos=None):
     """Return the token ids of a prompt as the chat template renders it, and the ids to learn: the
-    response and the token that ends it, which is `eos`, the token that the trace ended in, if the
-    tokenizer has that, else the template's (`turn_end`).
+    response and the token that ends it (`trace_end`).
 
     A chat template is never put around a response, because templates delete <think>. What the
     template itself writes of the response (`think_prefix`) belongs to the prompt. A trace, which
@@ -261,9 +269,5 @@ def encode_training_pair(tokenizer, prompt, response, eos=None):
     gets the space that it has behind a prompt, unless that ends in a line end."""
     response = normalize_think_tags(response, tokenizer).removeprefix(think_prefix(tokenizer))
     continues = isinstance(eos, str) or chat_template_parts(tokenizer)[0][-1][-1:].isspace()
-    eos = eos if isinstance(eos, str) else ""            # rows may come from other tools
-    ends = [control_tokens(tokenizer).get(eos)]
-    if ends == [None]:                                   # an ordinary token can be an eos too
-        ends = encode_continuation(tokenizer, eos)
-    end = ends[0] if len(ends) == 1 else turn_end(tokenizer)
-    return encode_prompt(tokenizer, prompt), [*encode_response(tokenizer, response, continues), end]
+    return encode_prompt(tokenizer, prompt), [
+        *encode_response(tokenizer, response, continues), trace_end(tokenizer, eos)]

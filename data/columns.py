@@ -1,17 +1,18 @@
 """
 What the columns of other people's data sets mean: which is the prompt, its label, the response.
 
-    from data.columns import find_prompt, normalize_row
-    find_prompt({"Goal": "Write ...", "Behavior": "Defamation"}, "jbb.csv, row 1")
+    from data.columns import name_columns, normalize_row
+    rows = name_columns([{"Goal": "Write ...", "Behavior": "Defamation"}], "jbb.csv")
+    normalize_row(rows[0], "vanilla_harmful", "jbb.csv, row 1")      # instruction, prompt_label
 
-A column is known by its name, whatever its case and the spaces around it. Nothing is dropped in
-silence: what may belong to the prompt and is not read is refused by name (see find_prompt).
+A column is known by the words of its name, whatever their case and what is around them. Nothing is
+dropped in silence: what may belong to the prompt and is not read is refused by name (find_prompt).
 """
 import functools
 import re
 
 from data.rows import PROMPT_KEYS, check_row
-from thinksafe import LABELS, InputError
+from thinksafe import LABELS, InputError, is_harmful
 
 # Of other sets: goal AdvBench and JailbreakBench, behavior HarmBench, user_input ToxicChat, query
 # MetaMath, augq SALAD-Bench; turns SORRY-Bench, conversations ShareGPT, conversation WildChat
@@ -41,7 +42,8 @@ LABEL_WORDS = {label: label for label in LABELS} | {
     "safe": "vanilla_benign", "unsafe": "vanilla_harmful",              # XSTest
     "overreject": "vanilla_benign", "safety": "vanilla_harmful",        # EOPSA
 }
-# What stages add to rows. A column of that name would pass for their word, so prompts lose it.
+# What stages add to rows. A prompt's column of that name would be taken for a stage's own output,
+# so it is dropped.
 TRACE_STAGE_KEYS = {
     "response", "k", "seed", "steer", "finish_reason", "n_tokens", "n_prompt_tokens",
     "eos",                                                                              # sample.py
@@ -57,15 +59,16 @@ VERDICT_KEYS = ("response_label", "keep", "reason", "finish_reason")     # that 
 DIRECT_REFUSAL = "<think>\nI should not answer this question!\n</think>\n\n"
 
 def has_value(row, column):
+    """Tell whether a row has something in a column: 0 and False are values, white space is none."""
     value = row.get(column)
     return bool(value.strip()) if isinstance(value, str) else value not in (None, [], {})
 
 @functools.lru_cache(maxsize=10_000)
-def plain_name(column):
+def normalize_name(column):
     """Reduce a column's name to what counts of it: "System Prompt" becomes system_prompt."""
     return re.sub(r"\W+", " ", column).strip().lower().replace(" ", "_")
 
-KNOWN_COLUMNS = {plain_name(name): name for name in (
+KNOWN_COLUMNS = {normalize_name(name): name for name in (
     *PROMPT_COLUMNS, *CHAT_COLUMNS, *LABEL_COLUMNS, *KEPT_KEYS, "input", "ContextString", "refusal",
     "response", "completion", "answer", "set", "task")}
 
@@ -75,15 +78,16 @@ def name_columns(rows, source):
     Raises InputError where two columns with different values would get one name."""
     named = []
     for i, row in enumerate(rows, 1):
-        names = {column: KNOWN_COLUMNS.get(plain_name(column), column) for column in row}
-        if len(set(names.values())) < len(names):
-            for column, name in names.items():
-                same = [c for c in names if names[c] == name and row[c] != row[column]]
-                if same and has_value(row, column) and has_value(row, same[0]):
-                    raise InputError(f"{source}, row {i}: the columns {column!r} and {same[0]!r} "
-                                     "differ; delete one of them")
-            row = {column: row[column] for column in sorted(row, key=lambda c: has_value(row, c))}
-        named.append({names[column]: value for column, value in row.items()})
+        taken = {}                                   # known name -> the column that has it
+        for column in row:
+            name = KNOWN_COLUMNS.get(normalize_name(column), column)
+            other = taken.setdefault(name, column)
+            if not has_value(row, other):
+                taken[name] = column
+            elif column != other and has_value(row, column) and row[column] != row[other]:
+                raise InputError(f"{source}, row {i}: the columns {other!r} and {column!r} differ; "
+                                 "delete one of them")
+        named.append({name: row[column] for name, column in taken.items()})
     return named
 
 def read_chat(turns, column, where):
@@ -137,7 +141,7 @@ def text_beside(row, column):
 def parts_beside(row, prompt):
     """Return the names of columns that belong to a prompt (PART_OF_PROMPT, or the options A, B, C)
     and are not in it. A column `text` often is the whole example: then it has the prompt."""
-    names = {column: plain_name(column) for column in row}
+    names = {column: normalize_name(column) for column in row}
     options = "abcde" if {"a", "b"} <= set(names.values()) else ()
     parts = {column: text_beside(row, column) for column, name in names.items()
              if PART_OF_PROMPT.fullmatch(name) or name in options}
@@ -185,20 +189,27 @@ def find_prompt(row, where, column=None):
     return prompt
 
 def label_of_word(word):
+    """Return the label, one of LABELS, that a set's word for it means, or None."""
     return LABEL_WORDS.get(word.strip().lower()) if isinstance(word, str) else None
 
-def find_label(row, label, where):
-    """Return the row's label, one of LABELS, or `label` if the row has none; raises InputError."""
+def find_label(row, where, label=None):
+    """Return the row's label, one of LABELS, or `label` if the row has none.
+
+    The rule: a column prompt_label is always ours, and then no other counts; else the first word
+    that we know does. Raises InputError where no word is known, or two say harmful and benign."""
     if row.get("source") == "4o_rewrite":        # SafeKey marks its benign rows only so
         return "vanilla_benign"
     words = {column: row[column] for column in LABEL_COLUMNS if has_value(row, column)}
-    for word in words.values():
-        if label_of_word(word):
-            return label_of_word(word)
+    if "prompt_label" in words:
+        words = {"prompt_label": words["prompt_label"]}
+    known = [label_of_word(word) for word in words.values() if label_of_word(word)]
+    if known and len(set(map(is_harmful, known))) == 1:
+        return known[0]
     if words:
-        found = " and ".join(f"{column} is {word!r}" for column, word in words.items())
-        raise InputError(f"{where}: {found}, not one of {', '.join(LABEL_WORDS)}"
-                         + "; say with --label what such prompts are" * (not label))
+        found = " and ".join(f"{column} is {word!r:.80}" for column, word in words.items())
+        raise InputError(f"{where}: {found}" + (
+            "; delete one of them" if known else f", not one of {', '.join(LABEL_WORDS)}"
+            + "; say with --label what such prompts are" * (not label)))
     if not label:
         raise InputError(f"{where}: no label ({', '.join(LABEL_COLUMNS)}); "
                          "say with --label what such prompts are")
@@ -214,9 +225,12 @@ def foreign_label_columns(rows):
             and not any(label_of_word(row.get(column)) for row in rows)]
 
 def find_response(row, where, column=None):
-    """Return the row's response, with both think tags if it has reasoning, or None. It stands under
-    response or completion, or is the answer in the chat that has the prompt."""
+    """Return the row's response, as text with both think tags if it has reasoning, or None; what is
+    no text is returned as it is. It stands under response or completion, or is the answer in the
+    chat that has the prompt."""
     response = row.get("response", row.get("completion"))
+    if not has_value({"response": response}, "response") and has_value(row, "completion"):
+        response = row["completion"]
     if response is None:
         answers = [read_column(row, name, where, bool(column))[1] for name in (
             [column] if column else PROMPT_COLUMNS + CHAT_COLUMNS)]
@@ -225,10 +239,12 @@ def find_response(row, where, column=None):
         response = response[0].get("content")        # TRL's conversational form
     if not isinstance(response, str) or "finish_reason" in row:         # a trace stays as it is
         return response
+    if "<think>" in response:
+        return response
+    if "</think>" in response:                                          # SafeChain
+        return "<think>\n" + response
     if {"vanilla", "adversarial"} <= row.keys():     # WildJailbreak's completions have no reasoning
         return "<think>\n\n</think>\n\n" + response
-    if "</think>" in response and "<think>" not in response:            # SafeChain
-        return "<think>\n" + response
     return response
 
 def find_id(row, where):
@@ -248,12 +264,14 @@ def find_id(row, where):
 def normalize_row(row, label, where, column=None):
     """Convert a row of any known set to our keys: instruction, prompt_label and, if any, response.
 
-    A row that has these keys keeps all others too, any other row KEPT_KEYS and what a guard said.
-    Raises InputError that says what is missing."""
+    A row that has these keys keeps others too, but for parts of the prompt; any other row keeps
+    KEPT_KEYS and VERDICT_KEYS. Raises InputError that says what is missing."""
     response = find_response(row, where, column)
-    unsafe = str(row.get("is_safe")).lower() in ("false", "0")         # BeaverTails
-    if unsafe or row.get("response_harm_label") == "harmful":          # WildGuardMix
-        row = {"response_label": "unsafe", **row}
+    marks = {key: str(row.get(key)).strip().lower() for key in ("is_safe", "response_harm_label")}
+    unsafe = marks["is_safe"] in ("false", "0", "0.0", "no")           # BeaverTails
+    if (unsafe or marks["response_harm_label"] == "harmful") and not has_value(
+            row, "response_label"):                                    # WildGuardMix
+        row = {**row, "response_label": "unsafe"}
     if "refusal" in row and not column and not prompt_texts(row, where):
         text = str(row["refusal"])               # DirectRefusal
         parts = re.fullmatch(r"\s*Question:\s*(.*?)\s+Answer:\s*(.*?)\s*", text, re.DOTALL)
@@ -262,10 +280,10 @@ def normalize_row(row, label, where, column=None):
         row = {**row, "instruction": parts[1]}
         response = DIRECT_REFUSAL + parts[2]
     prompt = find_prompt(row, where, column)
-    if not {"instruction", "prompt_label"} <= row.keys():
+    if not (has_value(row, "instruction") and has_value(row, "prompt_label")):
         kept = {key: row[key] for key in KEPT_KEYS if key in row}
         kept |= {key: row[key] for key in VERDICT_KEYS if has_value(row, key)}
-        row = {"instruction": prompt, "prompt_label": find_label(row, label, where), **kept}
+        row = {"instruction": prompt, "prompt_label": find_label(row, where, label), **kept}
     else:                    # a later stage reads this row: it must not join or refuse what is done
         gone = {part for part, _ in JOINED.values()}
         if column:

@@ -7,6 +7,7 @@ How a model wants to be sampled from: its generation_config.json, read as transf
 """
 import sys
 
+from data.kinds import COUNT, POSITIVE, Number, find_fault
 from thinksafe import InputError, escape_control_chars, generation_defaults, is_tiny
 
 # What transformers does where generation_config.json lacks a key of these.
@@ -60,9 +61,9 @@ def sampling_options(args, model, earlier=None):
                "max_new_tokens": 256 if is_tiny(model.folder) else 16384}
     for source in (sampling_defaults(model.folder), earlier or {}, vars(args)):
         options |= {key: source[key] for key in options if source.get(key) is not None}
-    t, p, k, n = options.values()
-    numbers = all(isinstance(x, int | float) for x in (t, p)) and type(k) is int and type(n) is int
-    if not numbers or not (0 <= t <= 100 and 0 < p <= 1 and k >= 0 and n >= 1):
-        raise InputError(f"sampling with {options} (flags, or generation_config.json): need 0 < "
-                         "top_p <= 1, temperature 0-100, top_k >= 0, max_new_tokens >= 1")
-    return options | {"temperature": t if t >= 0.001 else 0}
+    fault = find_fault(options, {"temperature": Number(0, 100), "top_p": Number(1e-9, 1),
+                                 "top_k": COUNT, "max_new_tokens": POSITIVE})
+    if fault:
+        raise InputError(f"sampling, by flags or generation_config.json: {fault}")
+    greedy = options["temperature"] < 0.001
+    return options | ({"temperature": 0} if greedy else {})

@@ -182,13 +182,19 @@ def final_answer(response):
 
 NUMBER = re.compile(
     r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
-ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9,
-         "万": 4, "萬": 4, "만": 4, "亿": 8, "億": 8, "억": 8}
-MAGNITUDE = rf"\s*({'|'.join(ZEROS)})(?![A-Za-z])"
+ZEROS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9,
+         "trillion": 12, "tausend": 3, "millionen": 6, "mille": 3, "millones": 6, "milhões": 6,
+         "тысяч": 3, "миллион": 6, "миллиард": 9, "हज़ार": 3, "हजार": 3, "लाख": 5, "करोड़": 7,
+         "ألف": 3, "مليون": 6, "万": 4, "萬": 4, "만": 4, "亿": 8, "億": 8, "억": 8, "兆": 12}
+MAGNITUDE = rf"\s*({'|'.join(ZEROS)})s?(?![A-Za-z])"
 NO_NUMBER = re.compile(                # words that change the number after them
     r"\b(?:not|than|least|most|over|under|between|up to|half|twice|double|triple|nicht|no|non|não"
     r"|pas|не)\b|不|아니|[A-Za-z]\($", re.I)
-NO_NUMBER_AFTER = re.compile(r"\s?[eikxyzn]\b|['!]|[A-Z]\b|\s(?:squared|cubed)\b|.*\bor\b")
+# words that divide or multiply it: "mil" is 1,000 in Spanish, a milliard 10^9
+SCALE = (r"(?:half|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million"
+         r"|billion)ths?|mil|mln|bn|mrd|milliards?|milliarden?|quadrillions?)\b")
+NO_NUMBER_AFTER = re.compile(
+    rf"\s?[eikxyzn]\b|['!]|[A-Z]\b|\s(?:squared|cubed)\b|\s?(?i:{SCALE})|.*\bor\b")
 
 def unwrap_text(latex):
     """Take words in LaTeX out of their command: \\text{ cm} becomes cm."""
@@ -288,7 +294,8 @@ def _split_unit(text):
         return text, unit
     word = found[1] or found[2] or "degree"
     zeros = re.match(MAGNITUDE, word)
-    word = (word[zeros.end():] if zeros else word).strip().removesuffix("s")
+    word = (word[zeros.end():] if zeros else word).strip()
+    word = re.sub(r"(?<=\w\w)s$", "", word)               # feets, but not ms
     zeros = rf"\cdot 10^{ZEROS[zeros[1]]}" if zeros else ""
     return text[:found.start()] + zeros, UNITS.get(word, word) + (found[3] or "") or unit
 
@@ -309,8 +316,8 @@ def _parse_latex(text):
     return found
 
 def _same_constant(a, b):
-    """Whether two SymPy constants are equal, exactly or, with roots and the like, to 1,000 digits.
-    None for anything else."""
+    """Tell whether two SymPy constants are equal, exactly or, with roots and the like, to 1,000
+    digits. Returns None for anything else."""
     from sympy import Expr, Float, N, UnevaluatedExpr
     if not all(isinstance(x, Expr) and not x.free_symbols and not x.has(UnevaluatedExpr)
                for x in (a, b)):
@@ -321,7 +328,7 @@ def _same_constant(a, b):
     return bool(abs(N(a - b, 15, maxn=2000)) <= abs(N(b, 15)) * Float(10) ** -1000)
 
 def _same_formula(answer, reference):
-    """Whether math-verify finds two tidy formulas equal, where it is not more lenient than
+    """Tell whether math-verify finds two tidy formulas equal, where it is not more lenient than
     mathematics: an equation is not its right side, a set no tuple, X not x, and 3, 3 not 3."""
     from math_verify import verify
     words = [unwrap_text(text).lower().strip("() .") for text in (answer, reference)]
@@ -360,7 +367,7 @@ def _same_formula(answer, reference):
 
 @functools.lru_cache(maxsize=100_000)       # most samples of a problem agree
 def same_expression(answer, reference):
-    """Whether math-verify finds two LaTeX expressions equal within a second of processor time."""
+    """Tell whether math-verify finds two LaTeX expressions equal, in a second of processor time."""
     import math_verify                          # takes a second: not in the time limit below
     logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)      # the limit is ours
     if max(len(answer), len(reference)) > MAX_ANSWER_CHARS:
@@ -370,7 +377,7 @@ def same_expression(answer, reference):
     if answer == reference or bases not in ([], reference_bases):       # it reads 52_8 as 52
         return answer == reference
     (answer, unit), (reference, expected) = _split_unit(answer), _split_unit(reference)
-    if unit and expected and unit != expected:
+    if unit != expected and (unit and expected or re.match(SCALE, unit or expected)):
         return False
     try:
         with time_limit(1):
@@ -379,11 +386,12 @@ def same_expression(answer, reference):
         return False
 
 def same_choice(answer, reference):
-    """Whether both are the same letter of a multiple choice."""
+    """Tell whether both are the same letter of a multiple choice."""
     return choice_letter(answer) is not None and choice_letter(answer) == choice_letter(reference)
 
 def same_value(answer, reference):
-    """Whether both are the same number or, if either is no single number, the same expression."""
+    """Tell whether both are the same number or, if either is no single number, the same
+    expression."""
     numbers = parse_number(answer), parse_number(reference)
     return numbers[0] == numbers[1] if None not in numbers else same_expression(answer, reference)
 
@@ -395,7 +403,7 @@ def same_number(answer, reference):
     return numbers[0] == numbers[1] if None not in numbers else same_expression(answer, reference)
 
 def is_right(grader, response, reference):
-    """Whether the final answer of a response is right.
+    """Tell whether the final answer of a response is right.
 
     grader: same_value, same_number or same_choice. reference: text, also in GSM8K's form with
     "#### " before it, a number, or a list. Call it from the main thread: elsewhere there is no

@@ -71,7 +71,8 @@ def parse_json(data, make_object=dict):
 def describe(kind):
     """Return a kind in words."""
     if isinstance(kind, Number):
-        return "a number" if kind == Number() else f"a number from {kind.low:g} to {kind.high:g}"
+        lower = f" from {kind.low:g}" if kind.low > -1e300 else ""
+        return f"a number{lower}" + (f" to {kind.high:g}" if kind.high < 1e300 else "")
     if isinstance(kind, tuple):
         return " or ".join(dict.fromkeys(map(describe, kind)))
     if isinstance(kind, range):
@@ -97,8 +98,10 @@ def find_fault(value, kind, name="it"):
     elif isinstance(kind, tuple):
         faults = [find_fault(value, one, name) for one in kind]
         fits = "" in faults
-        if not fits and isinstance(value, dict):     # what it lacks to be the last one
-            return faults[-1]
+        inner = [fault for one, fault in zip(kind, faults)
+                 if isinstance(value, dict | list) and isinstance(one, type(value))]
+        if not fits and inner:                       # what it lacks to be any of these
+            return ", or ".join(inner)
     elif isinstance(kind, range):
         fits = type(value) is int and value in kind
     elif isinstance(kind, dict | list) and isinstance(value, type(kind)):
@@ -112,10 +115,11 @@ def find_fault(value, kind, name="it"):
 
 def _inner_faults(value, kind, prefix):
     """Yield what is wrong with each value of a list or an object."""
-    if isinstance(kind, list) or str in kind:
-        pairs = enumerate(value) if isinstance(kind, list) else value.items()
-        for key, x in pairs:
-            yield find_fault(x, kind[0] if isinstance(kind, list) else kind[str], f"{prefix}{key}")
+    if isinstance(kind, list):
+        value, kind = dict(enumerate(value)), {str: kind[0]}
+    if str in kind:
+        for key, x in value.items():
+            yield find_fault(x, kind[str], f"{prefix}{key}")
         return
     for key, inner in kind.items():
         name = key.removesuffix("?")

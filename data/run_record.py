@@ -38,7 +38,7 @@ SAMPLED = {"n?": POSITIVE, "seed?": SEED, "steer?": str,
 TRAINED = {"seed?": SEED, "full?": bool, "lora_r?": POSITIVE, "lora_targets?": str,
            "epochs?": POSITIVE, "batch_size?": POSITIVE, "max_length?": POSITIVE,
            "rollouts?": POSITIVE, "online?": (None, str)}
-TEXT = (None, str)
+TEXT = (None, str)                      # or none
 RUN = {
     "sample?": {**ENTRY, "model?": str, "fingerprint?": SAMPLED, "sources?": {}, "arguments?": {
         "prompts?": TEXT, "label?": (None, *LABELS), "limit?": (None, POSITIVE), "steer?": str}},
@@ -116,6 +116,7 @@ def steer_of(sampled):
     return steer
 
 def _git(*words):
+    """Return what git says of this checkout, None if there is no git or none that answers."""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True,
                               timeout=10).stdout.strip()
@@ -130,26 +131,30 @@ def check_fingerprint(path, old, new):
 
 def check_checkpoint(state, trainable, optimizer):
     """Raise unless training can go on from checkpoint.pt: its metrics are those of steps 1, 2, ...,
-    each tensor is one of ours, and the optimizer is ours, at another learning rate."""
+    each tensor is one of ours and finite, and the optimizer is ours, whatever its learning rate."""
     metrics, params, saved = (state[key] for key in ("metrics", "params", "optimizer"))
     fault = find_fault(metrics, [{**METRIC_KEYS, "loss": Number()}])
     if fault or [row["step"] for row in metrics] != [*range(1, len(metrics) + 1)] or not metrics:
-        raise ValueError(f"metrics: {fault}")
+        raise ValueError(f"metrics: {fault or 'not those of steps 1, 2, ...'}")
     parse_json(json.dumps(metrics).encode())         # what is written must be read again
     own = optimizer.state_dict()["param_groups"]
     if [{**group, "lr": 0} for group in own] != [{**x, "lr": 0} for x in saved["param_groups"]]:
         raise ValueError("optimizer: of other parameters, or with other settings")
-    shapes = {name: parameter.shape for name, parameter in trainable.items()}
-    if {name: value.shape for name, value in params.items()} != shapes:
-        raise ValueError("params: of another model")
+    kinds = [{name: (value.shape, value.dtype) for name, value in tensors.items()}
+             for tensors in (params, trainable)]
+    if kinds[0] != kinds[1] or not all(value.isfinite().all() for value in params.values()):
+        raise ValueError("params: of another model, or not finite")
     if isinstance(optimizer, torch.optim.AdamW):     # in 8 bits the moments have other shapes
-        for i, moments in saved["state"].items():
-            shape = [*shapes.values()][i]
+        shapes = [value.shape for value in trainable.values()]
+        if [*saved["state"]] != [*range(len(shapes))]:
+            raise ValueError("optimizer: moments of other parameters")
+        for shape, moments in zip(shapes, saved["state"].values()):
             if {key: value.shape for key, value in moments.items()} != {
                     "step": (), "exp_avg": shape, "exp_avg_sq": shape}:
                 raise ValueError("optimizer: moments of another model")
             if not (all(value.isfinite().all() for value in moments.values())
-                    and moments["step"] >= 0 and (moments["exp_avg_sq"] >= 0).all()):
+                    and 1 <= moments["step"] <= len(metrics)
+                    and (moments["exp_avg_sq"] >= 0).all()):
                 raise ValueError("optimizer: moments that are none")
 
 # What is written into a run's folder by a process that holds the folder's lock.
@@ -173,10 +178,11 @@ def lock_folder(out):
 class Stage:
     """One stage's entry in out/run.json: how the stage was run and what it produced.
 
-    output: the file that the stage appends to. fingerprint: everything the output depends on (model
-    hash, prompts, seed, options). facts: extra values that later stages read. If the folder already
-    holds output with another fingerprint, __init__ raises InputError and changes nothing. A lock
-    file allows one process per folder. `seconds` adds up over resumed runs, up to the last row."""
+    args: the flags, of which `out` and `device` are read. output: the file that the stage appends
+    to. fingerprint: everything the output depends on (model hash, prompts, seed, options). facts:
+    extra values that later stages read. If the folder already holds output with another
+    fingerprint, __init__ raises InputError and the output stays. A lock file allows one process
+    per folder. `seconds` adds up over resumed runs, up to the last row."""
 
     def __init__(self, name, args, output, fingerprint, **facts):
         self.name, self.out, self.path = name, args.out, args.out / output
@@ -209,8 +215,10 @@ class Stage:
 
     def save(self, **facts):
         """Record more facts."""
-        seconds = round(self.earlier_seconds + time.time() - self.started, 2)
-        self.entry.update(facts, seconds=seconds)
+        now = time.time()
+        self.earlier_seconds += now - self.started
+        self.started = now
+        self.entry.update(facts, seconds=round(self.earlier_seconds, 2), started=now)
         self._write()
 
     def finish(self, summary, where, next_command, **counts):

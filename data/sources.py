@@ -30,7 +30,7 @@ from pathlib import Path
 
 from data.columns import (
     CHAT_COLUMNS, LATER_STAGE_KEYS, PROMPT_COLUMNS, STAGE_KEYS, TRACE_STAGE_KEYS, VERDICT_KEYS,
-    foreign_label_columns, has_value, name_columns, normalize_row, parts_beside, plain_name)
+    foreign_label_columns, has_value, name_columns, normalize_row, parts_beside, normalize_name)
 from data.kinds import parse_json
 from data.rows import atomic_path, content_id, parse_row, read_rows
 from thinksafe import LABELS, InputError, escape_control_chars, read_regular
@@ -288,7 +288,8 @@ def normalized_rows(source, label, column=None):
         report(source, f"not read, as no word there is a label of prompts: {', '.join(foreign)}")
     for i, row in enumerate(rows, 1):
         where = f"{source}, row {i}"
-        named = column and next((c for c in row if plain_name(c) == plain_name(column)), column)
+        same = [c for c in row if column and normalize_name(c) == normalize_name(column)]
+        named = same[0] if same else column
         known = {key: value for key, value in row.items() if key not in foreign}
         found.append((where, normalize_row(known, label, where, named), row))
         if named:

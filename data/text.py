@@ -48,7 +48,8 @@ def _latin(c):
 
 def plain(text):
     """Return a text as it looks: every line end is \\n, hidden characters are left out, and a word
-    that has a Latin letter, or could be ASCII, is ASCII where it only looks so."""
+    in which letters only look like ASCII is ASCII, its signs too, if it has a Latin letter or could
+    all be ASCII."""
     def word(match):
         found = match[0]
         looks = found if found.isascii() else "".join(map(_latin, found))
@@ -57,8 +58,9 @@ def plain(text):
         looks = looks.translate(LOOK_ALIKES)
         latin = looks.isascii() or re.search("[A-Za-z]", unicodedata.normalize("NFKD", found))
         return looks if latin else found
-    return re.sub(r"\S+", word, "".join(map(_shown, text)))
+    return re.sub(r"\S+", word, "".join(map(_shown, text.replace("\r\n", "\n"))))
 
 def skeleton(text):
-    """Return a text of the same length in which all that looks like ASCII is ASCII."""
+    """Return a text of the same length, in which each character that looks like one of ASCII is
+    that one."""
     return "".join(_ascii(c) if len(_ascii(c)) == 1 else c for c in text)

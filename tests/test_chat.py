@@ -128,6 +128,7 @@ def test_template_that_opens_think():
     ("\n\n a <think> b</think>c", "\n\n a <think> b</think>c", "<think>\n\n\n a <think> b</think>c"),
     ("<think>\n<think>\na</think>b", "<think>\n<think>\na</think>b", "<think>\n<think>\na</think>b"),
     ("<think>a</think>b", "<think>a</think>b", "<think>\na</think>b"),
+    ("\n<think>\na</think>b", "\n<think>\na</think>b", "<think>\na</think>b"),
     ("b", "b", "<think>\nb"),
 ])
 def test_think_tags_are_normalized(response, plain, r1):
@@ -262,7 +263,7 @@ def test_a_sampled_trace_is_taught_token_for_token(template, text):
 def test_a_trace_is_trained_as_it_was_sampled_by_sentencepiece(legacy, turn, other_tools):
     """Where a prompt ends in a line end its first word has no space, and elsewhere it may. Another tool's response begins as a model's would."""
     tokenizer = sentencepiece_like(legacy)
-    tokenizer.chat_template = "{{ bos_token + %s }}" % json.dumps(turn).replace("{}", '" + messages[0].content + "')
+    tokenizer.chat_template = "{{ bos_token + " + json.dumps(turn).replace("{}", '" + messages[0].content + "') + " }}"
     for start in ("How", " How", "  How", "\nHow", " ", "\n \n", "漢字", "<think>\nHow"):
         ids = [*encode_continuation(tokenizer, start + " to do it."), tokenizer.eos_token_id]
         response = decode_response(tokenizer, ids, {ids[-1]})

@@ -6,7 +6,7 @@ from conftest import ROOT, call, rows_of
 from test_sources import write
 
 from data.benchmarks import evaluation_rows, read_evaluation
-from data.columns import STAGE_KEYS, TRACE_STAGE_KEYS, find_label, find_prompt
+from data.columns import STAGE_KEYS, TRACE_STAGE_KEYS, find_label, find_prompt, find_response
 from data.rows import content_id
 from data.sources import prompt_rows, training_rows
 from extras.report import write_report
@@ -228,7 +228,53 @@ def test_a_label_of_ours_outranks_the_flag(tmp_path, capsys):
     path = write(tmp_path / "x.jsonl", [{"prompt": "x", "label": "safe"}, {"prompt": "y", "label": "fraud"}])
     with pytest.raises(InputError, match="row 2: label is 'fraud', not one of"):
         prompt_rows(path, HARMFUL)
-    assert find_label({"label": 1, "data_type": "adversarial_harmful"}, None, "") == "adversarial_harmful"
+    assert find_label({"label": 1, "data_type": "adversarial_harmful"}, "") == "adversarial_harmful"
+
+
+def test_prompt_label_counts_alone_and_other_labels_must_agree(tmp_path):
+    assert find_label({"prompt_label": HARMFUL, "label": "safe"}, "") == HARMFUL
+    assert find_label({"label": "safe", "data_type": "adversarial_benign"}, "") == "adversarial_benign"
+    for row, fault in (({"prompt_label": "banana", "label": "safe"}, "prompt_label is 'banana', not one of"),
+                       ({"label": "safe", "data_type": HARMFUL}, f"data_type is '{HARMFUL}' and label is 'safe'; delete one")):
+        with pytest.raises(InputError, match=fault):
+            find_label(row, "")
+    for empty in (None, "", " "):                                        # as in a row of another set
+        path = write(tmp_path / "x.jsonl", [{"instruction": "x", "prompt_label": empty}])
+        assert [row["prompt_label"] for row in prompt_rows(path, HARMFUL)] == [HARMFUL]
+
+
+UNSAFE = [{"is_safe": False}, {"is_safe": 0}, {"is_safe": 0.0}, {"is_safe": " False"}, {"is_safe": "0"}, {"response_harm_label": "harmful"}, {"response_harm_label": "Harmful "}]
+
+
+@pytest.mark.parametrize("mark", UNSAFE)
+@pytest.mark.parametrize("more", [{}, {"response_label": None}, {"response_label": ""}])
+@pytest.mark.parametrize("keys", ["prompt", "instruction"])
+def test_a_response_that_its_set_calls_unsafe_is_not_trained_on(tmp_path, mark, more, keys):
+    """Also where the mark comes as another type, and an empty column of ours stands beside it."""
+    path = write(tmp_path / "x.jsonl", [{keys: "x", "prompt_label": HARMFUL, "response": "bad", **mark, **more}, {keys: "y", "prompt_label": HARMFUL, "response": "no", "is_safe": True}])
+    assert [row.get("response_label") for row in training_rows(path)] == ["unsafe", None]
+    own = write(tmp_path / "own.jsonl", [{"instruction": "x", "prompt_label": HARMFUL, "response": "no", "response_label": "safe", **mark}])
+    assert training_rows(own)[0]["response_label"] == "safe"              # our guard's word is about our trace
+
+
+@pytest.mark.parametrize("row, response", [
+    ({"response": None, "completion": "c"}, "c"), ({"response": " ", "completion": "c"}, "c"), ({"response": "r", "completion": None}, "r"), ({"completion": "c"}, "c"),
+    ({"response": "", "completion": ""}, ""), ({"response": "a\n</think>\n\nb"}, "<think>\na\n</think>\n\nb"),
+    ({"vanilla": "q", "adversarial": "", "completion": "b"}, "<think>\n\n</think>\n\nb"),
+    ({"vanilla": "q", "adversarial": "", "response": "<think>\na\n</think>\n\nb"}, "<think>\na\n</think>\n\nb"),
+    ({"vanilla": "q", "adversarial": "", "response": "a\n</think>\n\nb"}, "<think>\na\n</think>\n\nb")])
+def test_where_a_response_stands_and_which_tags_it_gets(row, response):
+    assert find_response(row, "") == response
+
+
+def test_two_spellings_of_a_column(tmp_path):
+    """One may be empty; of two that differ none is taken, wherever an empty one stands."""
+    for spellings in ([" Prompt", "prompt", "PROMPT"], ["PROMPT", "prompt", "Prompt?"]):
+        for values in (["", "steal", "steal"], ["steal", None, "steal"], ["steal", "", " "]):
+            assert prompt_rows(write(tmp_path / "x.jsonl", [dict(zip(spellings, values))]), HARMFUL)[0]["instruction"] == "steal"
+        for values in (["", "steal", "bake"], ["steal", "", "bake"], ["steal", "bake", ""]):
+            with pytest.raises(InputError, match="row 1: the columns .* differ"):
+                prompt_rows(write(tmp_path / "x.jsonl", [dict(zip(spellings, values))]), HARMFUL)
 
 
 def test_whole_numbers_are_ids_in_any_type(tmp_path):

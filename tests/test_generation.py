@@ -73,7 +73,7 @@ def test_sampling_options(tiny, tmp_path, config, flags, want):
 
 
 @pytest.mark.parametrize("config", [{"temperature": "hot"}, {"temperature": [1]}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": 2.5}, {"top_k": -2},
-                                    {"temperature": 1e999}, {"top_k": True}, {"top_p": {}}])
+                                    {"temperature": 1e999}, {"top_k": True}, {"top_p": {}}, {"temperature": True}])
 def test_values_that_cannot_be_sampled_with(tiny, tmp_path, config):
     model = SimpleNamespace(config=tiny[0].config, folder=write(tmp_path, {"do_sample": True, **config}))
     with pytest.raises(InputError, match="generation_config.json"):

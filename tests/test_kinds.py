@@ -28,7 +28,9 @@ def test_kinds(kind, good, bad):
     ({"a": {"b": [1, "x"]}}, {"a": {"b": [int]}}, "a.b.1 must be int, it is 'x'"),
     ({"c": 1}, {"a": str}, "a must be str, it is missing; found the keys c"), ({}, {"a": str}, "a must be str, it is missing; found the keys (none)"),
     (["x"] * 999, ("safe", None), 'it must be "safe" or null, it is ' + repr(["x"] * 999)[:60] + "..."),
-    ({"p": 2}, {"p": (None, Number(0, 1))}, "p must be null or a number from 0 to 1, it is 2")])
+    ({"p": 2}, {"p": (None, Number(0, 1))}, "p must be null or a number from 0 to 1, it is 2"), ([0], (None, [COUNT[1:]]), "0 must be a whole number from 1, it is 0"),
+    ({"label": "unknown", "p": 0.5}, ({"label": "safe"}, {"label": "unknown", "p": None}), "label must be \"safe\", it is 'unknown', or p must be null, it is 0.5"),
+    (-1, Number(0), "it must be a number from 0, it is -1"), ("x", Number(high=1), "it must be a number to 1, it is 'x'")])
 def test_a_fault_says_where_and_what(value, kind, fault):
     assert find_fault(value, kind) == fault
 

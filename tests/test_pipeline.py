@@ -1,14 +1,18 @@
 """The commands as a user types them: end to end, stopped and resumed, and with bad input."""
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, call, killed_at, rows_of, run
+
+from data import run_record
 
 
 def files(folder):
@@ -79,6 +83,26 @@ def test_killed_after_the_kth_row_in_each_stage(small, tmp_path):
     assert ids(out / "guarded.jsonl") == ids(small / "guarded.jsonl") == ids(small / "samples.jsonl")
     assert [r["response"] for r in sorted(rows_of(out / "samples.jsonl"), key=lambda r: r["id"])] == \
            [r["response"] for r in sorted(rows_of(small / "samples.jsonl"), key=lambda r: r["id"])]
+
+
+def test_seconds_of_stopped_runs_count_once(tmp_path, monkeypatch):
+    """Up to the last row, also where facts were saved on the way."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(run_record, "time", SimpleNamespace(time=lambda: clock.now))
+    args = SimpleNamespace(out=tmp_path, device="cpu")
+    for begins, saves, last_row, seconds in ((1000, 1010, 1015, 15), (2000, 2004, 2004, 19), (3000, None, 3001, 20)):
+        clock.now = begins
+        stage = run_record.Stage("eval", args, "eval.jsonl", {})
+        if saves:
+            clock.now = saves
+            stage.save(limit=5)
+        (tmp_path / "eval.jsonl").touch()
+        os.utime(tmp_path / "eval.jsonl", (last_row, last_row))
+        stage.lock.release()                                               # as when it is killed
+        clock.now = 9000
+        stage = run_record.Stage("eval", args, "eval.jsonl", {})
+        assert stage.earlier_seconds == seconds
+        stage.lock.release()
 
 
 @pytest.mark.trust

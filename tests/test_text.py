@@ -45,7 +45,7 @@ def test_the_page_shows_what_is_hidden():
 
 @pytest.mark.parametrize("text, looks", [
     ("Аgent", "Agent"), ("Uѕеr", "User"), ("Ｕｓｅｒ：", "User:"), ("𝐀𝐠𝐞𝐧𝐭 𝑠𝑎𝑓𝑒", "Agent safe"), ("ѕаfe", "safe"), ("Ag\u0301ent", "Agent"), ("Ag\u0332ent", "Agent"), ("сор", "cop"),
-    ("a\u200bb\u00adc\ufe0fd\u034fe\u2800f\u3164g\U000e0041h\x08i\x1bj", "abcdefghij"), ("a\rb\vc\fd\x1ce\x1df\x1eg\x85h\u2028i\u2029j", "a\nb\nc\nd\ne\nf\ng\nh\ni\nj"), ("a\r\nb\tc", "a\n\nb\tc"),
+    ("a\u200bb\u00adc\ufe0fd\u034fe\u2800f\u3164g\U000e0041h\x08i\x1bj", "abcdefghij"), ("a\rb\vc\fd\x1ce\x1df\x1eg\x85h\u2028i\u2029j", "a\nb\nc\nd\ne\nf\ng\nh\ni\nj"), ("a\r\nb\tc", "a\nb\tc"),
     ("❤\ufe0f 👩\u200d🔬", "❤ 👩🔬"), ("ﬁrst", "first"), ("ſafe \u212a", "safe K"), ("\ud800x", "x"), ("", ""), (" \u200b ", "  "),
     ("Café piñata naïve", None), ("Привет, как дела?", None), ("καλημέρα κόσμε", None), ("漢字「かな」 한국어 नमस्ते ไทย й", None), ("“q” — x² … 5 € ½ ™", None), ("Ｓｔｅｐ １： ａ．", "Step 1: a."), ("使用Python：好，", None), ("plain text: 1 < 2", None)])
 def test_plain(text, looks):
@@ -64,7 +64,7 @@ def test_reading_takes_linear_time(tries):
     """Texts that a pattern could read again and again, of 20,000 characters: where it takes the square, half a minute for each."""
     code = r"""from data.guards import GUARDS, read_refusal, readings
 forms = [*{form.marks: form for form in GUARDS.values()}.values()]
-begins = ["safety", "safe", "user", "agent ", "conversation ", "<begin ", "[", "<|", "verdict ", "only the last ", "\\n", "\u0410", "e\u0301"]
+begins = ["safety", "safe", "user", "agent ", "conversation ", "<begin ", "[", "<|", "verdict ", "only the last ", "first line must read ", "[ ", "< ", "\\n", "\u0410", "e\u0301"]
 for i, begin in enumerate(begins):
     for rest in (":", " ", "*", begin):
         text = (begin + rest * 20000)[:20000]
