@@ -33,6 +33,15 @@ from data.graders import choice_letter, final_answer, parse_number
     ("gsm8k", "She sells 9 eggs for 18 dollars.", "18", False),                     # which of two?
     ("gsm8k", "The answer is 18, no, 19.", "18", False),
     ("gsm8k", "The answer is 18. Sorry, the answer is 19.", "18", False),
+    # a magnitude counts, in the larger languages too, and what divides the number; a unit is not another
+    *(("gsm8k", f"The answer is {words}.", value, right) for words, value, right in (
+        ("5 trillion", "5", False), ("5 trillion", "5000000000000", True), ("5 thousandths", "5", False), ("3 hundredths", "3", False),
+        ("3 fifths", "3", False), ("5 lakh", "5", False), ("5 lakhs", "500000", True), ("2 crore", "20000000", True), ("5 Millionen Euro", "5000000", True),
+        ("5 millones", "5", False), ("5 миллионов", "5000000", True), ("5 mil", "5", False), ("5 bn", "5", False), ("5 millions", "5000000", True),
+        ("5 mile walks", "5", True), ("3 fifth graders", "3", False), ("7 dozen", "7", True))),
+    *(("math500", f"\\boxed{{5\\text{{ {a}}}}}", f"5\\text{{ {b}}}" if b else "5", right) for a, b, right in (
+        ("ms", "m", False), ("s", "m", False), ("s", "s", True), ("cms", "cm", True), ("hrs", "hr", True), ("trillion", "", False), ("hundredths", "", False),
+        ("cm", "", True))),
     # reasoning is not the answer
     ("gsm8k", "<think>\nThe answer is \\boxed{18}", "18", False),
     ("gsm8k", "<think>\nThe answer is 18.\n</think>\n\nThe answer is 17.", "18", False),

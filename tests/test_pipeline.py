@@ -177,7 +177,7 @@ def test_a_changed_run_is_refused(small, tmp_path):
 
 @pytest.mark.parametrize("script, flags, message", [
     ("sample.py", ["--limit", 0], "--limit"), ("sample.py", ["--n", "x"], "--n"), ("sample.py", ["--slots", 0], "--slots"),
-    ("sample.py", ["--temperature", "nan"], "need 0 < top_p"), ("sample.py", ["--device", "cuda:9"], "--device"), ("sample.py", ["--nonsense"], "--nonsense"),
+    ("sample.py", ["--temperature", "nan"], "temperature must be a number from 0 to 100, it is nan"), ("sample.py", ["--device", "cuda:9"], "--device"), ("sample.py", ["--nonsense"], "--nonsense"),
     ("guard.py", ["--threshold", 2], "--threshold"), ("guard.py", ["--guard", "no/such/model"], "no/such/model"),
     ("train.py", ["--save-every", 0], "--save-every"), ("train.py", ["--lora-dropout", 2], "--lora-dropout"), ("train.py", ["--lr", "inf"], "--lr"),
     ("train.py", ["--lora-targets", "typo"], "no block has a layer typo"), ("train.py", ["--data", "missing.jsonl"], "missing.jsonl"),
