@@ -23,10 +23,10 @@ def files(folder):
 def small(tmp_path_factory):
     """A small run of all four scripts -> its folder."""
     out = tmp_path_factory.mktemp("small") / "out"
-    run("sample.py", "--out", out, "--limit", 60, "--slots", 16)
-    run("guard.py", "--out", out)
-    run("train.py", "--out", out, "--epochs", 1)
-    run("eval.py", "--out", out, "--limit", 8)
+    assert call("sample.py", "--out", out, "--limit", 60, "--slots", 16).returncode == 0
+    assert call("guard.py", "--out", out).returncode == 0
+    assert call("train.py", "--out", out, "--epochs", 1).returncode == 0
+    assert call("eval.py", "--out", out, "--limit", 8).returncode == 0
     return out
 
 
