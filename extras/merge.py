@@ -59,13 +59,14 @@ def joined_rows(folders, path, kind, keys):
     """Return the rows of all shards that `path` is to hold, sorted. kind, keys: see FILES.
 
     Raises InputError for a row that is there twice, and for a row of `path` that no shard has."""
-    rows, key_of = {}, itemgetter(*keys)
+    rows, folder_of, key_of = {}, {}, itemgetter(*keys)
     for folder in folders:
         for row in read_rows(folder / path.name, kind):
-            if key_of(row) in rows:
+            key = key_of(row)
+            if key in rows:
                 raise InputError(f"{folder / path.name}: id {row['id']}, k {row['k']} is there "
-                                 "twice, or in another shard too")
-            rows[key_of(row)] = row
+                                 f"twice, the first time in {folder_of[key] / path.name}")
+            rows[key], folder_of[key] = row, folder
     for row in read_rows(path, kind, growing=True):
         if rows.get(key_of(row)) != row:
             raise InputError(f"{path} has other rows: id {row['id']}, k {row['k']} is not from "
