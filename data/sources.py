@@ -256,10 +256,9 @@ def load_rows(source):
     source = str(source)
     path = Path(source)
     hub_name = HUB_NAME.fullmatch(source)
-    is_run = path.is_dir()
     if source.startswith(("https://", "http://")):
         path = download(source)
-    elif is_run:
+    elif path.is_dir():
         path = path / "guarded.jsonl"
     elif path.exists() or path.suffix.lower() in READERS:
         pass
@@ -270,8 +269,6 @@ def load_rows(source):
                          f"or one of {', '.join(SETS)}")
     rows = name_columns(read_file(path), source)
     VERSIONS[source] = hashlib.sha256(read_regular(path)).hexdigest()[:16]
-    if is_run:      # in an order that does not depend on which trace was finished first
-        rows.sort(key=lambda row: (str(row.get("id")), str(row.get("k"))))
     return rows
 
 # ---------------------------------------------------------------------------------------------
@@ -298,6 +295,8 @@ def normalized_rows(source, label, column=None):
             alone |= dict.fromkeys(c for c in beside if c != named)
     if alone:
         report(source, f"{column} alone is the prompt, without {', '.join(alone)}")
+    if Path(source).is_dir():        # in an order that does not depend on what was finished first
+        found.sort(key=lambda item: (str(item[2].get("id")), str(item[2].get("k"))))
     return found
 
 def without_stage_keys(found, keys, source):

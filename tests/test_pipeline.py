@@ -10,7 +10,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, call, killed_at, rows_of, run
+from conftest import ROOT, call, killed_at, rows_of
 
 from data import run_record
 

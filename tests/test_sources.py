@@ -248,9 +248,11 @@ def test_the_folder_of_a_run_is_its_guarded_rows(tmp_path, monkeypatch):
              "response_label": "safe", "finish_reason": "stop"} for i in ("a", "b") for k in (0, 1)]
     write(tmp_path / "guarded.jsonl", [rows[i] for i in (2, 1, 3, 0)])
     write(tmp_path / "samples.jsonl", rows[:1])
-    assert load_rows(tmp_path) == training_rows(tmp_path) == rows
-    assert load_rows(tmp_path / "guarded.jsonl") == [rows[i] for i in (2, 1, 3, 0)]
+    assert training_rows(tmp_path) == rows and training_rows(tmp_path / "guarded.jsonl") == [rows[i] for i in (2, 1, 3, 0)]
     assert len(set(sources.VERSIONS.values())) == 1 and len(sources.VERSIONS) == 2
+    write(tmp_path / "guarded.jsonl", [rows[3], {**rows[0], "response": 5}])
+    with pytest.raises(InputError, match="row 2: no text under 'response'"):          # as it is numbered in the file
+        training_rows(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------
