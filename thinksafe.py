@@ -429,10 +429,10 @@ def resolve_model(name):
     for folder in (Path(name), ROOT / name):
         if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
             folder = folder.resolve()
-            for path in folder.iterdir():
-                if not path.resolve().is_relative_to(_storage_root(folder)):
-                    raise InputError(f"{path}: a link out of its model's folder, to "
-                                     f"{os.path.realpath(path)}; put the file itself there")
+            for path in folder.rglob("*"):
+                target = os.path.realpath(path)
+                if not Path(target).is_relative_to(_storage_root(folder)):
+                    raise InputError(f"{path}: a link out of its model's folder, to {target}")
                 if path.exists() and not (path.is_file() or path.is_dir()):
                     raise InputError(f"{path}: not a regular file; move it away")
             return ResolvedModel(str(folder), folder)
@@ -530,16 +530,20 @@ def read_config(folder):
     return c
 
 def load_tensors(path):
-    """Return {name: tensor} of a safetensors file. Raises InputError if missing or damaged."""
+    """Return {name: tensor} of a safetensors file. Raises InputError if damaged or quantized."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: missing or damaged ({e}); download or write it again")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.itemsize == 1:
+            raise InputError(f"{path}: {name} is {tensor.dtype}; quantized weights are refused")
+    return tensors
 
 def read_tensors(folder):
     """Return {name without "model.": tensor} of model.safetensors or, where there is none, of the
     shards that its index names, as transformers does; no other file counts. Raises InputError for a
-    tensor that two shards have with different content, and for quantized ones."""
+    tensor that two shards have with different content."""
     index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
     if not (folder / files[0]).exists():
         if not index.exists():
@@ -558,9 +562,6 @@ def read_tensors(folder):
             if name in tensors and not torch.equal(tensors[name], tensor):
                 raise InputError(f"{folder}: {name} is in {file_of[name]} and, with other values, "
                                  f"in {file}; which one is right?")
-            if not tensor.is_floating_point() or tensor.itemsize == 1:
-                raise InputError(f"{folder / file}: {name} is {tensor.dtype}; a quantized "
-                                 "checkpoint is not supported")
             tensors[name], file_of[name] = tensor, file
     return tensors
 
@@ -633,8 +634,8 @@ def read_adapter(folder):
     adapter = read_json(path)
     kinds = {"base_model_name_or_path": str, "r": int, "lora_alpha": int | float, "peft_type": str}
     if not (all(isinstance(adapter.get(key), kind) for key, kind in kinds.items())
-            and adapter["peft_type"] == "LORA" and 1 <= adapter["r"] < 2**16
-            and math.isfinite(adapter["lora_alpha"])):
+            and adapter["peft_type"] == "LORA" and type(adapter["r"]) is int
+            and 1 <= adapter["r"] < 2**16 and math.isfinite(adapter["lora_alpha"])):
         raise InputError(f"{path}: not a LoRA adapter's configuration: needs {', '.join(kinds)}; "
                          f"found peft_type {adapter.get('peft_type')!r}")
     for key, value in adapter.items():

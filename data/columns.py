@@ -8,6 +8,7 @@ What the columns of other people's data sets mean: which is the prompt, its labe
 A column is known by the words of its name, whatever their case and what is around them. Nothing is
 dropped in silence: what may belong to the prompt and is not read is refused by name (find_prompt).
 """
+import contextlib
 import functools
 import re
 
@@ -37,11 +38,23 @@ ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assi
          "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 # what saving a list of turns, or bytes, as CSV makes of them
 SPOILT = re.compile(r"""\s*(\[\s*{\s*['"](role|from|content|value)['"]:.*|b(['"]).*\3\s*)""", re.S)
-LABEL_COLUMNS = ("prompt_label", "safechain_label", "data_type", "label")
+LABEL_COLUMNS = ("prompt_label", "prompt_harm_label", "safechain_label", "data_type", "label")
 LABEL_WORDS = {label: label for label in LABELS} | {
     "safe": "vanilla_benign", "unsafe": "vanilla_harmful",              # XSTest
     "overreject": "vanilla_benign", "safety": "vanilla_harmful",        # EOPSA
+    "unharmful": "vanilla_benign", "harmful": "vanilla_harmful",        # WildGuardMix
+    "benign": "vanilla_benign", "harmless": "vanilla_benign",
 }
+RESPONSE_COLUMNS = ("response", "completion", "output")
+# Columns that tell whether a response is safe (BeaverTails) or harmful (WildGuardMix), and their
+# words; "": nothing
+SAFE_COLUMN = re.compile("(is_)?((response|output|completion|answer)_)?(is_)?(safe|safety)(_label)?"
+                         "|verdict|is_response_safe")
+HARM_COLUMN = re.compile("(is_)?((response|output|completion|answer)_)?(is_)?"
+                         "(unsafe|harmful|harm|harmfulness|toxic|toxicity|flagged)(_label)?")
+YES, NO = ("true", "yes", "y", "t"), ("false", "no", "n", "f")
+VERDICT_WORDS = {**dict.fromkeys(("safe", "unharmful", "harmless", "benign"), "safe"),
+                 **dict.fromkeys(("unsafe", "harmful", "toxic"), "unsafe"), "": "unknown"}
 # What stages add to rows. A prompt's column of that name would be taken for a stage's own output,
 # so it is dropped.
 TRACE_STAGE_KEYS = {
@@ -70,7 +83,8 @@ def normalize_name(column):
 
 KNOWN_COLUMNS = {normalize_name(name): name for name in (
     *PROMPT_COLUMNS, *CHAT_COLUMNS, *LABEL_COLUMNS, *KEPT_KEYS, "input", "ContextString", "refusal",
-    "response", "completion", "answer", "set", "task")}
+    *RESPONSE_COLUMNS, "answer", "set", "task",
+    "response_label", "keep", "finish_reason", "reason")}
 
 def name_columns(rows, source):
     """Give a column that is known under another spelling (" Prompt") its known name.
@@ -226,11 +240,14 @@ def foreign_label_columns(rows):
 
 def find_response(row, where, column=None):
     """Return the row's response, as text with both think tags if it has reasoning, or None; what is
-    no text is returned as it is. It stands under response or completion, or is the answer in the
-    chat that has the prompt."""
-    response = row.get("response", row.get("completion"))
-    if not has_value({"response": response}, "response") and has_value(row, "completion"):
-        response = row["completion"]
+    no text is returned as it is. It stands under one of RESPONSE_COLUMNS, or is the answer in the
+    chat that has the prompt. Raises InputError if two of them differ."""
+    found = [name for name in RESPONSE_COLUMNS if has_value(row, name)]
+    for name in found[1:]:
+        if row[name] != row[found[0]]:
+            raise InputError(f"{where}: {found[0]} and {name} differ; delete one of them")
+    names = found or [name for name in RESPONSE_COLUMNS if name in row]
+    response = row[names[0]] if names else None
     if response is None:
         answers = [read_column(row, name, where, bool(column))[1] for name in (
             [column] if column else PROMPT_COLUMNS + CHAT_COLUMNS)]
@@ -246,6 +263,30 @@ def find_response(row, where, column=None):
     if {"vanilla", "adversarial"} <= row.keys():     # WildJailbreak's completions have no reasoning
         return "<think>\n\n</think>\n\n" + response
     return response
+
+def find_verdict(row, where):
+    """Return "unsafe" or "unknown" where a row's set says so of the response, else None. The rule:
+    in doubt a response is not trained on; a verdict of guard.py outranks the set's.
+
+    Raises InputError where a column for that (SAFE_COLUMN, HARM_COLUMN) says neither yes nor no."""
+    if has_value(row, "response_label"):
+        return None
+    found = ["unknown"] if "response_label" in row else []
+    for column in row:
+        name = normalize_name(column)
+        if not (SAFE_COLUMN.fullmatch(name) or HARM_COLUMN.fullmatch(name)):
+            continue
+        word = str(row[column]).strip().lower() if has_value(row, column) else ""
+        with contextlib.suppress(ValueError):
+            word = {0: "false", 1: "true"}.get(float(word), word)
+        if word in YES + NO:
+            word = "safe" if (word in YES) == bool(SAFE_COLUMN.fullmatch(name)) else "unsafe"
+        if word not in VERDICT_WORDS:
+            raise InputError(f"{where}: {column} is {row[column]!r:.80}, which says neither that "
+                             "the response is safe nor that it is not; mend it, or delete or "
+                             "rename the column")
+        found.append(VERDICT_WORDS[word])
+    return next((verdict for verdict in ("unsafe", "unknown") if verdict in found), None)
 
 def find_id(row, where):
     """Return the row's id as text, or None. The rule: a whole number is an id in whatever type it
@@ -267,11 +308,9 @@ def normalize_row(row, label, where, column=None):
     A row that has these keys keeps others too, but for parts of the prompt; any other row keeps
     KEPT_KEYS and VERDICT_KEYS. Raises InputError that says what is missing."""
     response = find_response(row, where, column)
-    marks = {key: str(row.get(key)).strip().lower() for key in ("is_safe", "response_harm_label")}
-    unsafe = marks["is_safe"] in ("false", "0", "0.0", "no")           # BeaverTails
-    if (unsafe or marks["response_harm_label"] == "harmful") and not has_value(
-            row, "response_label"):                                    # WildGuardMix
-        row = {**row, "response_label": "unsafe"}
+    verdict = find_verdict(row, where) if response is not None else None
+    if verdict:
+        row = {**row, "response_label": verdict}
     if "refusal" in row and not column and not prompt_texts(row, where):
         text = str(row["refusal"])               # DirectRefusal
         parts = re.fullmatch(r"\s*Question:\s*(.*?)\s+Answer:\s*(.*?)\s*", text, re.DOTALL)

@@ -148,11 +148,10 @@ class RowWriter:
                              "the same command again")
 
 def remove_leftovers(folder, names, age=86400):
-    """Remove what killed processes have left of the files `names` in a folder, if it is older than
-    `age` seconds: nobody is at work on it any more."""
+    """Remove what killed processes have left of the files `names` in a folder (see atomic_path), if
+    it is older than `age` seconds: nobody is at work on it any more."""
     for name in names:
-        earlier = Path(folder) / f"{name}.tmp"       # as earlier versions called it
-        for path in (*Path(folder).glob(f".{glob.escape(name)}.*.tmp"), earlier):
+        for path in Path(folder).glob(f".{glob.escape(name)}.????????.tmp"):
             with contextlib.suppress(OSError):       # not there, or another process removes it too
                 if time.time() - path.lstat().st_mtime >= age:
                     is_folder = path.is_dir() and not path.is_symlink()

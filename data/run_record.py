@@ -149,8 +149,9 @@ def check_checkpoint(state, trainable, optimizer):
         if not saved["state"]:
             raise ValueError("optimizer: no moments")
         for i, moments in saved["state"].items():    # some have none: SafeKey's heads begin later
-            if {key: value.shape for key, value in moments.items()} != {
-                    "step": (), "exp_avg": shapes[i], "exp_avg_sq": shapes[i]}:
+            kinds = {key: (value.shape, value.dtype) for key, value in moments.items()}
+            if i < 0 or kinds != {key: (shape, torch.float32) for key, shape in (
+                    ("step", ()), ("exp_avg", shapes[i]), ("exp_avg_sq", shapes[i]))}:
                 raise ValueError("optimizer: moments of another model")
             if not (all(value.isfinite().all() for value in moments.values())
                     and 1 <= moments["step"] <= len(metrics)

@@ -29,10 +29,11 @@ from collections import Counter
 from pathlib import Path
 
 from data.columns import (
-    CHAT_COLUMNS, LATER_STAGE_KEYS, PROMPT_COLUMNS, STAGE_KEYS, TRACE_STAGE_KEYS, VERDICT_KEYS,
-    foreign_label_columns, has_value, name_columns, normalize_row, parts_beside, normalize_name)
+    CHAT_COLUMNS, LATER_STAGE_KEYS, PROMPT_COLUMNS, RESPONSE_COLUMNS, STAGE_KEYS, TRACE_STAGE_KEYS,
+    VERDICT_KEYS, foreign_label_columns, has_value, name_columns, normalize_name, normalize_row,
+    parts_beside)
 from data.kinds import parse_json
-from data.rows import atomic_path, content_id, parse_row, read_rows
+from data.rows import GUARDED_KEYS, atomic_path, content_id, parse_row, read_rows
 from thinksafe import LABELS, InputError, escape_control_chars, read_regular
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -260,6 +261,7 @@ def load_rows(source):
         path = download(source)
     elif path.is_dir():
         path = path / "guarded.jsonl"
+        read_rows(path, GUARDED_KEYS)                # each with its verdict
     elif path.exists() or path.suffix.lower() in READERS:
         pass
     elif hub_name:
@@ -349,12 +351,11 @@ def training_rows(source, label=None, column=None):
     rows, repeats = {}, []
     also_read = ("prompt_label", "eos", *VERDICT_KEYS, "summary_end_idx", "next_sentence_end_idx")
     found = normalized_rows(source, label, column)
-    for where, row, of_source in without_stage_keys(found, LATER_STAGE_KEYS, source):
-        both = [of_source[key] for key in ("response", "completion") if has_value(of_source, key)]
-        if len(both) == 2 and both[0] != both[1]:
-            raise InputError(f"{where}: response and completion differ; delete one of them")
+    traces = any("finish_reason" in row for _, row, _ in found)      # else another tool's eos
+    unread = LATER_STAGE_KEYS if traces else LATER_STAGE_KEYS | {"eos"}
+    for where, row, of_source in without_stage_keys(found, unread, source):
         if not isinstance(row.get("response"), str):
-            raise InputError(f"{where}: no text under 'response', it is "
+            raise InputError(f"{where}: no text under {', '.join(RESPONSE_COLUMNS)}: it is "
                              f"{row.get('response')!r:.80}; found the keys {', '.join(of_source)}")
         if "steer" in row and "response_label" not in row:
             raise InputError(f"{where}: a trace that no guard has judged; run guard.py first")

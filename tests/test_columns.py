@@ -253,11 +253,22 @@ def test_a_response_that_its_set_calls_unsafe_is_not_trained_on(tmp_path, mark, 
     """Also where the mark comes as another type, and an empty column of ours stands beside it."""
     path = write(tmp_path / "x.jsonl", [{keys: "x", "prompt_label": HARMFUL, "response": "bad", **mark, **more}, {keys: "y", "prompt_label": HARMFUL, "response": "no", "is_safe": True}])
     assert [row.get("response_label") for row in training_rows(path)] == ["unsafe", None]
+    empty = write(tmp_path / "empty.jsonl", [{keys: "x", "prompt_label": HARMFUL, "response": "bad", key: None} for key in [*mark, "response_label"]])
+    assert {row["response_label"] for row in training_rows(empty)} == {"unknown"}
     own = write(tmp_path / "own.jsonl", [{"instruction": "x", "prompt_label": HARMFUL, "response": "no", "response_label": "safe", **mark}])
     assert training_rows(own)[0]["response_label"] == "safe"              # our guard's word is about our trace
 
 
+@pytest.mark.parametrize("word", ["maybe", "0.2", -1, 2, "no, it is not", ["x"], {"a": 1}])
+def test_a_verdict_that_is_neither_yes_nor_no_is_refused(tmp_path, word):
+    for column in ("is_safe", "response_harm_label"):
+        path = write(tmp_path / "x.jsonl", [{"prompt": "x", "response": "bad", column: word}])
+        with pytest.raises(InputError, match=f"row 1: {column} is .*, which says neither"):
+            training_rows(path, HARMFUL)
+
+
 @pytest.mark.parametrize("row, response", [
+    ({"instruction": "a", "input": "b", "output": "c"}, "c"), ({"output": None, "completion": "c"}, "c"),
     ({"response": None, "completion": "c"}, "c"), ({"response": " ", "completion": "c"}, "c"), ({"response": "r", "completion": None}, "r"), ({"completion": "c"}, "c"),
     ({"response": "", "completion": ""}, ""), ({"response": "a\n</think>\n\nb"}, "<think>\na\n</think>\n\nb"),
     ({"vanilla": "q", "adversarial": "", "completion": "b"}, "<think>\n\n</think>\n\nb"),
@@ -339,10 +350,10 @@ def test_a_response_that_a_set_calls_unsafe_is_not_trained_on(tmp_path, row):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"prompt": "x", "chosen": "a", "rejected": "b"}, "no text under 'response', it is None; found the keys prompt, chosen, rejected"),
+    ({"prompt": "x", "chosen": "a", "rejected": "b"}, "no text under response, completion, output: it is None; found the keys prompt, chosen, rejected"),
     ({"messages": [user("x"), {**assistant("a"), "reasoning_content": "why"}]}, "'reasoning_content': 'why'"),
     ({"prompt": "x", "response": "a", "completion": "b"}, "response and completion differ"),
-    ({"prompt": "x", "response": ["a", "b"]}, "no text under 'response'"),
+    ({"prompt": "x", "response": ["a", "b"]}, "no text under response, completion, output"),
 ])
 def test_responses_that_are_refused_by_name(tmp_path, row, message):
     with pytest.raises(InputError) as e:
@@ -403,7 +414,7 @@ def test_a_column_with_a_stage_s_name_is_not_taken_for_its_word(tmp_path, capsys
             path = write(tmp_path / "x.jsonl", [{**row, "response": "r", key: "before"}])
             with tries("attack"):
                 found, = training_rows(path)
-                assert (key in found) == (key in TRACE_STAGE_KEYS)       # which train.py reads, and fails closed on
+                assert (key in found) == (key in TRACE_STAGE_KEYS - {"eos"})       # which train.py reads, and fails closed on
                 assert key in found or f": {key}\n" in capsys.readouterr().err
 
 

@@ -204,6 +204,24 @@ def test_pairs(request):
     assert len(missed) <= 0.055 * right, missed
 
 
+@pytest.mark.trust
+def test_answers_made_to_be_taken(request, tries):
+    """Wrong answers with the right number or letter in them: signs, denials, magnitudes, sums, bases and other equations in words. What is still
+    taken is known by name."""
+    rows = rows_of(Path(__file__).with_name("grader_attacks.jsonl"))
+    taken = {row["answer"] for row in rows if grade(row["task"], row["answer"], row["reference"])}
+    request.node.user_properties.append(("measured", f"grader, {len(rows)} answers made to be taken: {len(taken)} are"))
+    for row in rows:
+        if row["answer"] not in STILL_TAKEN:
+            with tries("attack"):
+                assert row["answer"] not in taken
+    assert len(rows) >= 160 and len(STILL_TAKEN) <= 11
+
+
+STILL_TAKEN = {*(f"The answer is {x}." for x in ("the 18th", "x =/= 18", "x + y = 18")), "The answer is A. and C.",
+               *(f"\\boxed{{{x}}}" for x in ("(y,x)=(1,2)", "x<1\\text{ and }x>3", "A^T", "\\{0\\}", "1/2x", "7\\text{ quarters}", "7\\text{ or more}"))}
+
+
 BIG = "7" * 5000
 
 

@@ -245,14 +245,18 @@ def test_the_folder_of_a_run_is_its_guarded_rows(tmp_path, monkeypatch):
     """In the same order, whichever trace was finished first."""
     monkeypatch.setattr(sources, "VERSIONS", {})
     rows = [{"id": i, "k": k, "instruction": "x", "prompt_label": "vanilla_benign", "response": "r",
-             "response_label": "safe", "finish_reason": "stop"} for i in ("a", "b") for k in (0, 1)]
+             "response_label": "safe", "keep": True, "finish_reason": "stop", "n_tokens": 1} for i in ("a", "b") for k in (0, 1)]
     write(tmp_path / "guarded.jsonl", [rows[i] for i in (2, 1, 3, 0)])
     write(tmp_path / "samples.jsonl", rows[:1])
     assert training_rows(tmp_path) == rows and training_rows(tmp_path / "guarded.jsonl") == [rows[i] for i in (2, 1, 3, 0)]
     assert len(set(sources.VERSIONS.values())) == 1 and len(sources.VERSIONS) == 2
-    write(tmp_path / "guarded.jsonl", [rows[3], {**rows[0], "response": 5}])
-    with pytest.raises(InputError, match="row 2: no text under 'response'"):          # as it is numbered in the file
+    write(tmp_path / "guarded.jsonl", [rows[3], {**rows[0], "prompt_label": "x"}])
+    with pytest.raises(InputError, match="row 2: prompt_label is 'x'"):      # as it is numbered in the file
         training_rows(tmp_path)
+    for key in ("keep", "response_label", "id"):                             # no verdict, nothing to train on
+        write(tmp_path / "guarded.jsonl", [{k: v for k, v in row.items() if k != key} for row in rows])
+        with pytest.raises(InputError, match=f"guarded.jsonl:1: {key} must be"):
+            training_rows(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -383,8 +387,8 @@ def test_repeated_rows_are_dropped_and_draws_are_not(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"prompt": "x", "label": "safe"}, "row 1: no text under 'response'"),
-    ({"prompt": "x", "label": "safe", "response": 3}, "row 1: no text under 'response'"),
+    ({"prompt": "x", "label": "safe"}, "row 1: no text under response, completion, output"),
+    ({"prompt": "x", "label": "safe", "response": 3}, "row 1: no text under response, completion, output"),
     ({"instruction": "x", "prompt_label": "vanilla_benign", "response": "r", "steer": "none"},
      "row 1: a trace that no guard has judged"),
     ({"instruction": "x", "prompt_label": "vanilla_benign", "response": "r", "k": "0"},
