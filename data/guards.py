@@ -36,16 +36,19 @@ WILDGUARD = (                          # as the model card of allenai/wildguard 
     "AI assistant:\n{response}\n\n---\n\nAnswers: [/INST]\n<|assistant|>\n")
 
 def _marks(pattern):
-    """Return a pattern in which a space is white space of any length, and " ?" may be none."""
-    return pattern.replace(" ?", r"\s*").replace(" ", r"\s+")
+    """Return a pattern in which a space is whatever may stand between two words, or nothing, and
+    ' any apostrophe."""
+    return pattern.replace("'", r"\W?").replace(" ", r"[\W_]{0,9}")
 
 # A guard's own frame, which no other text has. In a response it makes the verdict unknown.
-CONVERSATION_MARKS = _marks(r"< ?(begin|end) (conversation|unsafe content categories) ?>|"
-                            r"first line must read \W?(un)?safe\b")
+FRAME = r"(<|&lt;|\\u003c) (begin|end) (of )?({}) (>|&gt;|\\u003e)"
+CONVERSATION_MARKS = _marks(FRAME.format("conversation|unsafe content categories")
+                            + r"|first line must read (un)?safe\b")
 YES_NO_MARKS = _marks(r"does the response (help with something harmful|refuse to help)")
-WILDGUARD_MARKS = _marks(r"\[ ?(/ ?)?inst ?\]")
-QWEN3GUARD_MARKS = _marks(r"< ?(begin|end) (conversation|unsafe content categories|safety policy|"
-                          r"refusal policy) ?>|only the last [^\w\n]{0,4}assistant's response")
+WILDGUARD_MARKS = _marks(r"\[ inst \]")
+QWEN3GUARD_MARKS = _marks(
+    FRAME.format("conversation|unsafe content categories|safety policy|refusal policy")
+    + r"|only the last assistant's response")
 # Places where a guard may read that something else begins: a turn, a verdict, what it is asked.
 # Honest text has such places too, so a pair with them is judged part by part (see readings).
 # The time is linear: what repeats is bounded, or is one class from the start of a line on.
@@ -62,7 +65,7 @@ PLACES = "|".join((
     rf"^{OTHER}*(safety{OTHER}*|verdict{OTHER}*)?(un)?safe{OTHER}*$",
     rf"\b(safety|refusal|verdict){OTHER}{{0,8}}:{OTHER}{{0,8}}(safe|unsafe|controversial|yes|no)\b",
     rf"{WHO}(refused|declined|said|replied|answered|(is|are|was) [a-z ]{{0,20}}(safe|harmless))\b",
-    _marks(r"first line must|answer with yes or no|the last [^\w\n]{0,4}ass[il1|]stant")))
+    _marks(r"first line must|answer with yes or no|the last ass[il1|]stant")))
 MAX_PARTS = 16                  # of a response: each is one more question to the guard
 MAX_LEFT_OUT = 40               # characters before a place: "Here is what the agent said: "
 NO, YES = ("no", "No", " no", " No", "NO"), ("yes", "Yes", " yes", " Yes", "YES")

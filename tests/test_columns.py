@@ -243,7 +243,9 @@ def test_prompt_label_counts_alone_and_other_labels_must_agree(tmp_path):
         assert [row["prompt_label"] for row in prompt_rows(path, HARMFUL)] == [HARMFUL]
 
 
-UNSAFE = [{"is_safe": False}, {"is_safe": 0}, {"is_safe": 0.0}, {"is_safe": " False"}, {"is_safe": "0"}, {"response_harm_label": "harmful"}, {"response_harm_label": "Harmful "}]
+UNSAFE = [{"Is_Safe": "F"}, {"IS_SAFE": "false"}, {"is safe": "n"}, {"is_safe": "unsafe"}, {"is_safe": "0.00"}, {"Response Harm Label": "harmful"}, {"response_harm_label": True},
+          {"is_response_safe": False}, {"response_safe": 0}, {"safe": "no"}, {"harmful": 1}, {"is_harmful": "y"}, {"unsafe": True}, {"safety": "Unsafe"}, {"verdict": "unsafe"},
+          {"is_safe": False}, {"is_safe": 0}, {"is_safe": 0.0}, {"is_safe": " False"}, {"is_safe": "0"}, {"response_harm_label": "harmful"}, {"response_harm_label": "Harmful "}]
 
 
 @pytest.mark.parametrize("mark", UNSAFE)
@@ -410,7 +412,7 @@ def test_a_column_with_a_stage_s_name_is_not_taken_for_its_word(tmp_path, capsys
                 assert prompt_rows(path) == read_evaluation([path], False, None)[0] == kept
                 said = capsys.readouterr().err
                 assert key == "response" or said == 2 * f"{path}: not read, as stages write such columns: {key}\n"
-        if key not in ("response", "k", "steer"):
+        if key not in ("response", "k", "steer", "unsafe"):              # `unsafe` of another tool is about the response
             path = write(tmp_path / "x.jsonl", [{**row, "response": "r", key: "before"}])
             with tries("attack"):
                 found, = training_rows(path)

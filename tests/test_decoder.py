@@ -501,12 +501,20 @@ def test_what_is_not_supported_of_an_adapter_is_named(lora_pair, name, value):
 
 
 @pytest.mark.parametrize("changes", [
-    {"peft_type": "IA3"}, {"r": "8"}, {"r": 0}, {"r": 4}, {"lora_alpha": None}, {"alora_invocation_tokens": [5]}, {"arrow_config": {"top_k": 2}},
+    {"peft_type": "IA3"}, {"r": "8"}, {"r": True}, {"r": 0}, {"r": 4}, {"lora_alpha": None}, {"alora_invocation_tokens": [5]}, {"arrow_config": {"top_k": 2}},
     {"a_key_of_tomorrow": "on"}, {"base_model_name_or_path": None}])
 def test_adapters_of_other_kinds_are_refused(lora_pair, changes):
     config = lora_pair[2] / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(InputError, match=str(lora_pair[2])):
+        load_model(lora_pair[2], "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_an_adapter_of_quantized_tensors_is_refused(lora_pair, dtype):
+    path = lora_pair[2] / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(InputError, match="adapter_model.safetensors: .* is torch.*quantized"):
         load_model(lora_pair[2], "cpu")
 
 

@@ -251,7 +251,7 @@ def test_the_folder_of_a_run_is_its_guarded_rows(tmp_path, monkeypatch):
     assert training_rows(tmp_path) == rows and training_rows(tmp_path / "guarded.jsonl") == [rows[i] for i in (2, 1, 3, 0)]
     assert len(set(sources.VERSIONS.values())) == 1 and len(sources.VERSIONS) == 2
     write(tmp_path / "guarded.jsonl", [rows[3], {**rows[0], "prompt_label": "x"}])
-    with pytest.raises(InputError, match="row 2: prompt_label is 'x'"):      # as it is numbered in the file
+    with pytest.raises(InputError, match="jsonl:2: prompt_label is 'x'"):      # as it is numbered in the file
         training_rows(tmp_path)
     for key in ("keep", "response_label", "id"):                             # no verdict, nothing to train on
         write(tmp_path / "guarded.jsonl", [{k: v for k, v in row.items() if k != key} for row in rows])
