@@ -22,13 +22,13 @@ import torch
 from data.chat import decode_continuation, decode_response, encode_prompt, template_hash
 from data.columns import add_column_flags
 from data.generation import sampling_options
-from data.rows import TRACE_KEYS, RowWriter, content_id
+from data.rows import TRACE_KEYS, RowWriter, content_id, rows_to_do
 from data.run_record import Stage
 from data.sources import VERSIONS, add_shard_flag, label_counts, owns, prompt_rows
 from thinksafe import (
     REFUSAL_INSTRUCTIONS, TINY, InputError, add_refusal_instruction, choose_dtype, cli, is_harmful,
     is_tiny, load_model, make_parser, pack_ids, packed_attention, positive, progress, seed_value,
-    split_packs, trace_key)
+    split_packs)
 
 from kv_cache import ContiguousKVCache, PagedKVCache
 from sample_tokens import NOT_FINITE, NOT_FOUND, sample_tokens, uniforms
@@ -412,12 +412,11 @@ def main():
         print("prompts: those of the tiny world; name yours with --prompts", file=sys.stderr)
 
     writer = RowWriter(stage.path, TRACE_KEYS)
-    rows, done = writer.rows, {trace_key(row) for row in writer.rows}
-    todo = []
+    rows, asked = writer.rows, []
     for row in prompts:
         steer = args.steer if is_harmful(row["prompt_label"]) else "none"
-        todo += [{**row, "k": k, "seed": args.seed, "steer": steer} for k in range(args.n)
-                 if (row["id"], k) not in done]
+        asked += [{**row, "k": k, "seed": args.seed, "steer": steer} for k in range(args.n)]
+    todo = rows_to_do(stage.path, rows, asked)
     with progress("sample", len(rows) + len(todo), "trace", len(rows)) as advance:
         for trace in sample_traces(model, tokenizer, todo, args.slots, args.kv_bits,
                                    seed=args.seed, **options):

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from data.kinds import COUNT, TOKENS, Number, find_fault, parse_json, shorten
-from thinksafe import LABELS, InputError, escape_control_chars, read_regular
+from thinksafe import LABELS, InputError, escape_control_chars, read_regular, trace_key
 
 # Of a row in each file: what it must have, as kinds (data/kinds.py).
 PROMPT_KEYS = {"instruction": str, "prompt_label": str}
@@ -156,6 +156,20 @@ def remove_leftovers(folder, names, age=86400):
                 if time.time() - path.lstat().st_mtime >= age:
                     is_folder = path.is_dir() and not path.is_symlink()
                     shutil.rmtree(path) if is_folder else path.unlink()
+
+def rows_to_do(path, rows, asked):
+    """Return those of `asked`, traces that sample.py is to make, that the rows of a file lack.
+
+    Raises InputError for a row of the file that was not asked so: of another prompt, label, seed or
+    instruction. Traces that extras.retry added have a further k."""
+    wanted, first = {trace_key(row): row for row in asked}, {row["id"]: row for row in asked}
+    for row in rows:
+        own = wanted.get(trace_key(row)) or {**first.get(row["id"], {}), "k": row["k"]}
+        if any(own.get(key) != row.get(key) for key in (*PROMPT_KEYS, "id", "k", "seed", "steer")):
+            raise InputError(f"{path}: id {row['id']}, k {row['k']} is of another run, or was "
+                             "edited; delete that row, or use another --out")
+    done = set(map(trace_key, rows))
+    return [row for key, row in wanted.items() if key not in done]
 
 @contextlib.contextmanager
 def atomic_path(path):

@@ -102,6 +102,10 @@ def merge(name, out, runs, folders):
         if "shard" in entry[key]:
             entry[key]["shard"] = None
     entry["arguments"]["out"] = str(out)
+    n_rows = len(next(iter(files.values())))
+    if name != "guard" and entry.get("rows", n_rows) != n_rows:
+        raise InputError(f"{out}: the shards of {name}.py hold {n_rows} rows, and say that they "
+                         f"made {entry['rows']}; run it again in each")
     if name == "eval":
         check_pairs(files[out / "eval.jsonl"], folders)
     reports = [read_eval(folder) for folder in folders if name == "eval"]

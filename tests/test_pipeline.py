@@ -85,6 +85,21 @@ def test_killed_after_the_kth_row_in_each_stage(small, tmp_path):
            [r["response"] for r in sorted(rows_of(small / "samples.jsonl"), key=lambda r: r["id"])]
 
 
+@pytest.mark.parametrize("change", [{"id": "nobody"}, {"k": 0, "instruction": "Another?"}, {"prompt_label": "vanilla_benign"}, {"seed": 9}, {"steer": "risk"}])
+def test_a_row_that_this_run_did_not_make_is_named(small, tmp_path, change):
+    """And with it gone the run goes on to what it was."""
+    out = tmp_path / "out"
+    shutil.copytree(small, out)
+    rows = rows_of(out / "samples.jsonl")
+    at = next(i for i, row in enumerate(rows) if row["prompt_label"] == "vanilla_harmful")
+    (out / "samples.jsonl").write_text("".join(json.dumps({**row, **change} if i == at else row) + "\n" for i, row in enumerate(rows)))
+    flags = ["sample.py", "--out", out, "--limit", 60, "--slots", 16]
+    done = call(*flags)
+    assert done.returncode == 2 and f"id {change.get('id', rows[at]['id'])}, k 0 is of another run, or was edited" in done.stderr
+    (out / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for i, row in enumerate(rows) if i != at))
+    assert call(*flags).returncode == 0 and {row["id"]: row["response"] for row in rows_of(out / "samples.jsonl")} == {row["id"]: row["response"] for row in rows}
+
+
 def test_seconds_of_stopped_runs_count_once(tmp_path, monkeypatch):
     """Up to the last row, also where facts were saved on the way."""
     clock = SimpleNamespace(now=1000.0)

@@ -149,6 +149,8 @@ def test_what_cannot_be_joined_is_refused(parts, tries, tmp_path):
     samples = (two / "samples.jsonl").read_bytes()
     (two / "samples.jsonl").write_bytes(samples + (one / "samples.jsonl").read_bytes())
     refused(f"is there twice, the first time in {one / 'samples.jsonl'}", one, two, three)
+    (two / "samples.jsonl").write_bytes(samples[:samples.rindex(b"\n", 0, -1) + 1])
+    refused("rows, and say that they made", one, two, three)
     (two / "samples.jsonl").write_bytes(samples)
     report = json.loads((two / "eval.json").read_text())
     (two / "eval.json").write_text(json.dumps({**report, "judge": "self"}))
