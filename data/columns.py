@@ -13,6 +13,7 @@ import functools
 import re
 
 from data.rows import PROMPT_KEYS, check_row
+from data.text import plain, skeleton
 from thinksafe import LABELS, InputError, is_harmful
 
 # Of other sets: goal AdvBench and JailbreakBench, behavior HarmBench, user_input ToxicChat, query
@@ -27,17 +28,20 @@ NO_RIVAL = {"adversarial": "vanilla", "test_case": "behavior", "goal": "behavior
 JOINED = {"instruction": ("input", "{prompt}\n\n{part}"),                       # Alpaca
           "behavior": ("ContextString", "{part}\n\n---\n\n{prompt}")}           # HarmBench
 PART_OF_PROMPT = re.compile(
-    "(inputs?|input_?text|text|body|context|contextstring|ctx|passage|paragraph|article|document"
-    "|doc|story|background|knowledge|support|premise|hypothesis|table|schema|demonstration|few_?shot"
-    "|system|system_?prompt|system_?message|system_?instruction|developer(_?(prompt|message))?"
+    "(inputs?|input_?text|text|body|contextstring|(context|ctx|passage|paragraph|article|document"
+    "|doc)(_?\\d+)?|story|background|knowledge|support|premise|hypothesis|table|schema|demonstration"
+    "|few_?shot|sys|system\\w*|preamble|persona|hint|request|(role|user)_?prompt"
+    "|developer(_?(prompt|message))?"
     "|(chat_?|conversation_?|dialog(ue)?_?)?history|dialog(ue)?|parent_?id"
-    "|(options?|choices?|endings?)(_?[a-e1-5])?|op[a-e]|(adv(ersarial)?_?)?(prefix|suffix)"
+    "|(answer_?)?(options?|choices?|endings?)(_?([a-j0-9]|list))?|op[a-e]"
+    "|(adv(ersarial)?_?)?(prefix|suffix)"
     "|(image|picture|audio|video|attachment)s?(_?(path|url|file))?|tool|function)s?")
-PART_OF_TURN = re.compile("reasoning(_content)?|thinking|tool_calls?|(image|audio|video|file)s?")
+PART_OF_TURN = re.compile("reasoning(_content)?|thinking|(tool|function)_calls?"
+                          "|(image|audio|video|file)s?")
 ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
          "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 # what saving a list of turns, or bytes, as CSV makes of them
-SPOILT = re.compile(r"""\s*(\[\s*{\s*['"](role|from|content|value)['"]:.*|b(['"]).*\3\s*)""", re.S)
+SPOILT = re.compile(r"""\s*(\[\s*{.*['"](role|from)['"]\s*:.*}\s*\]|b(['"]).*\3)\s*""", re.S)
 LABEL_COLUMNS = ("prompt_label", "prompt_harm_label", "safechain_label", "data_type", "label")
 LABEL_WORDS = {label: label for label in LABELS} | {
     "safe": "vanilla_benign", "unsafe": "vanilla_harmful",              # XSTest
@@ -78,8 +82,9 @@ def has_value(row, column):
 
 @functools.lru_cache(maxsize=10_000)
 def normalize_name(column):
-    """Reduce a column's name to what counts of it: "System Prompt" becomes system_prompt."""
-    return re.sub(r"\W+", " ", column).strip().lower().replace(" ", "_")
+    """Reduce a column's name to what counts of it: "System Prompt" becomes system_prompt, whatever
+    its letters only look like."""
+    return re.sub(r"\W+", " ", skeleton(plain(column))).strip().lower().replace(" ", "_")
 
 KNOWN_COLUMNS = {normalize_name(name): name for name in (
     *PROMPT_COLUMNS, *CHAT_COLUMNS, *LABEL_COLUMNS, *KEPT_KEYS, "input", "ContextString", "refusal",
@@ -114,6 +119,9 @@ def read_chat(turns, column, where):
             turn = {"role": "user", "content": turn}
         role, text = (turn.get(key, turn.get(sharegpt)) for key, sharegpt in (
             ("role", "from"), ("content", "value")))
+        if turn.get("value", text) != text:
+            raise InputError(f"{where}: a turn of {column} has a content and another value; delete "
+                             "one of them")
         more = {key: turn[key] for key in turn
                 if PART_OF_TURN.fullmatch(key) and has_value(turn, key)}
         if more or has_value({"text": text}, "text"):        # else nothing is lost with it
@@ -159,8 +167,12 @@ def parts_beside(row, prompt):
     options = "abcde" if {"a", "b"} <= set(names.values()) else ()
     parts = {column: text_beside(row, column) for column, name in names.items()
              if PART_OF_PROMPT.fullmatch(name) or name in options}
+
+    def is_in_prompt(text):                  # a short one can be there by chance
+        alone = re.search(rf"(\A|\n|: )\s*{re.escape(text)}\s*(\n|\Z)", prompt)
+        return alone or text in prompt and len(text) >= 20
     return [column for column, text in parts.items()
-            if text not in prompt and not (names[column] == "text" and prompt in text)]
+            if text and not is_in_prompt(text) and not (names[column] == "text" and prompt in text)]
 
 def check_rivals(row, column, texts, where):
     """Raise InputError if beside a column's prompt there is another one, or what may be one."""

@@ -280,6 +280,31 @@ def test_where_a_response_stands_and_which_tags_it_gets(row, response):
     assert find_response(row, "") == response
 
 
+@pytest.mark.parametrize("name", ["sys", "preamble", "Persona", "system_message_text", "role_prompt", "user_prompt", "request", "hint", "context_0", "context1", "choice_6",
+                                  "options_f", "answer_choices", "choices_list", "ｉｎｐｕｔ", "\u0456nput", "con\u200btext"])
+def test_more_names_of_what_belongs_to_a_prompt(tmp_path, name):
+    with pytest.raises(InputError, match="row 1: .* beside question may be a part of the prompt"):
+        prompt_rows(write(tmp_path / "x.jsonl", [{"question": "Which one?", name: "Be brief."}]), BENIGN)
+
+
+def test_a_part_that_is_in_the_prompt_by_chance_is_not_dropped(tmp_path):
+    for prompt, context, fine in (("how to x", "x", False), ("Read this.\n\nx", "x", True), ("x", "x", True), ("Say: A passage of some length. Why?", "A passage of some length.", True)):
+        path = write(tmp_path / "x.jsonl", [{"question": prompt, "context": context}])
+        if fine:
+            assert prompt_rows(path, BENIGN)[0]["instruction"] == prompt
+        else:
+            with pytest.raises(InputError, match="context beside question"):
+                prompt_rows(path, BENIGN)
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"conversations": [{"from": "human", "value": "x", "content": "z"}]}, "has a content and another value"),
+    ({"prompt": "[{'id': 1, 'role': 'user', 'content': 'x'}]"}, "prompt is no plain text"), ({"pro\u200bmpt": "x", "prompt": "y"}, "differ")])
+def test_more_chats_that_would_lose_something(tmp_path, row, message):
+    with pytest.raises(InputError, match=message):
+        prompt_rows(write(tmp_path / "x.jsonl", [row]), BENIGN)
+
+
 def test_two_spellings_of_a_column(tmp_path):
     """One may be empty; of two that differ none is taken, wherever an empty one stands."""
     for spellings in ([" Prompt", "prompt", "PROMPT"], ["PROMPT", "prompt", "Prompt?"]):
