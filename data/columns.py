@@ -53,7 +53,7 @@ RESPONSE_COLUMNS = ("response", "completion", "output")
 # Columns that tell whether a response is safe (BeaverTails) or harmful (WildGuardMix), and their
 # words; "": nothing
 SAFE_COLUMN = re.compile("(is_)?((response|output|completion|answer)_)?(is_)?(safe|safety)(_label)?"
-                         "|verdict|is_response_safe")
+                         "|verdict")
 HARM_COLUMN = re.compile("(is_)?((response|output|completion|answer)_)?(is_)?"
                          "(unsafe|harmful|harm|harmfulness|toxic|toxicity|flagged)(_label)?")
 YES, NO = ("true", "yes", "y", "t"), ("false", "no", "n", "f")
