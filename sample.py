@@ -31,7 +31,7 @@ from thinksafe import (
     split_packs)
 
 from kv_cache import ContiguousKVCache, PagedKVCache
-from sample_tokens import NOT_FINITE, NOT_FOUND, sample_tokens, uniforms
+from sample_tokens import NOT_FINITE, NOT_FOUND, Slots, draw_tokens, sample_tokens, uniforms
 
 class Completion(NamedTuple):
     index: int                       # of the prompt
@@ -61,7 +61,8 @@ class Sampler:
 
     On a GPU the cache is in blocks of `block_size` tokens (kernels/kv_cache.py). Where no block is
     left, the sequence with the fewest sampled tokens is preempted: it goes on later from what it
-    has. A step is a CUDA graph, one for each bucket of slots and of context lengths.
+    has. A step is a CUDA graph, one for each power of two of running sequences. Cache and graphs
+    serve further calls of `generate`.
 
     kv_bits: 16 (the model's dtype) or 8. num_blocks: the largest number of blocks (default: what
     fits the GPU's free memory)."""
@@ -70,8 +71,10 @@ class Sampler:
                  num_blocks=None, window=None):
         self.model, self.tokenizer = model, tokenizer
         self.max_num_seqs, self.kv_bits, self.num_blocks = max_num_seqs, kv_bits, num_blocks
+        self.cache = None
         self.cuda = model.device.type == "cuda"
-        self.block_size = block_size or (64 if self.cuda else None)      # None: a contiguous cache
+        on_cpu = model.device.type == "cpu"
+        self.block_size = block_size or (None if on_cpu else 64)         # None: a contiguous cache
         self.window = window or (16 if self.cuda else 1)
         self.prefill_tokens = 16384 if self.cuda else 4096               # in one pass, at most
         model.prepack_weights()
@@ -87,15 +90,18 @@ class Sampler:
         When the GPU's memory runs out this goes on with half as many slots, and says so. Raises
         InputError when logits are not finite, or the memory is too small for one slot."""
         self.options, self.seed, self.with_logprobs = (temperature, top_p, top_k), seed, logprobs
-        self.eos = torch.tensor(sorted(self.model.eos_ids), dtype=torch.long,
-                                device=self.model.device)
-        self.cache, self.waiting, self.running, finished = None, [], [], []
+        self.waiting, self.running, finished = [], [], []
         for i, prompt in enumerate(prompts):
             limit = max_new_tokens[i] if isinstance(max_new_tokens, list) else max_new_tokens
             room = self.model.config.max_position_embeddings - len(prompt)
             seq = Sequence(i, tuple(prompt), min(limit, room), keys[i] if keys else str(i))
             (self.waiting if prompt and room > 0 else finished).append(seq)
         self.waiting.sort(key=lambda seq: (len(seq), -seq.index))        # the last one runs first
+        longest = max((len(seq.prompt) + seq.max_tokens for seq in self.waiting), default=0)
+        if not self.block_size or self.cache and longest > self.max_context_len:
+            self.cache = None                                  # a new one
+        for slot in range(self.max_num_seqs if self.cache else 0):
+            self.cache.free(slot)                              # of a call that was abandoned
         while True:
             for seq in finished:
                 reason = "length" if seq.tokens else "prompt_too_long"
@@ -139,10 +145,11 @@ class Sampler:
         """Allocate the cache for the sequences that wait, and what the steps of a window share."""
         c, n, device = self.model.config, self.max_num_seqs, self.model.device
         dtype, int8 = self.model.head.dtype, self.kv_bits == 8
-        max_context_len = max(len(seq.prompt) + seq.max_tokens for seq in self.waiting)
+        self.max_context_len = max(len(seq.prompt) + seq.max_tokens for seq in self.waiting)
         self.graphs, self.graph_pool = {}, None
+        self.eos = torch.tensor(sorted(self.model.eos_ids), dtype=torch.long, device=device)
         if self.block_size:
-            max_blocks = self._blocks_for(max_context_len)
+            max_blocks = self._blocks_for(self.max_context_len)
             num_blocks = n * max_blocks + 1                    # block 0 is for empty slots
             if self.cuda:
                 block_bytes = PagedKVCache.block_bytes(c, self.block_size, dtype, int8)
@@ -154,13 +161,12 @@ class Sampler:
             self.cache = PagedKVCache(c, n, max_blocks, dtype, device, num_blocks,
                                       self.block_size, int8)
         else:
-            self.cache = ContiguousKVCache(c, n, max_context_len, dtype)
+            self.cache = ContiguousKVCache(c, n, self.max_context_len, dtype)
         self.rows = torch.arange(n, device=device)
         # Of each slot: tokens before the window, tokens to sample in it, tokens sampled in it, and
-        # what sample_tokens returned last. A CUDA graph reads and writes these very tensors.
+        # what was drawn last. A CUDA graph reads and writes these very tensors; see Slots.
         self.state = torch.zeros(4, n, device=device, dtype=torch.long)
         self.context_lens, self.max_new, self.num_new, self.last_draw = self.state        # views
-        # Columns: the token before the window, the window, a draw that does not count any more.
         self.tokens = torch.zeros(n, self.window + 2, device=device, dtype=torch.long)
         self.u = torch.zeros(n, self.window + 1, device=device, dtype=torch.float64)
         self.logprobs = torch.zeros(n, self.window + 1, device=device)
@@ -243,12 +249,12 @@ class Sampler:
         source = torch.cat([parts[i] for i in owner])                  # (S,) what each slot stores
         slots = torch.arange(first, first + len(ids), device=device)
         slots = slots.repeat_interleave(cu.diff()[owner])              # (S,)
-        write, attention = self.cache.writer(slots, positions[source]), packed_attention(cu)
+        write = self.cache.writer(slots, positions[source])
 
-        def attend(layer, q, k, v):
+        def store(layer, k, v):
             write(layer, k[source], v[source])
-            return attention(layer, q, k, v)
-        hidden = self.model(tokens, positions=positions, attend=attend, at=cu[1:] - 1)
+        hidden = self.model(tokens, positions=positions, attend=packed_attention(cu), store=store,
+                            at=cu[1:] - 1)
         self._begin_window(batch)
         self._draw(hidden[owner])
         self._end_window(batch)
@@ -277,64 +283,49 @@ class Sampler:
 
     def _decode(self):
         """Sample a window of tokens for all running sequences."""
-        # Few shapes, so few graphs and few plans of oneDNN: 1, 2, 4, 8 slots, multiples of 16, or
-        # all of them; context lengths up to 1024, 4096, 16384.
+        # Few widths, so few graphs and few plans of oneDNN: powers of two, on a CPU multiples of 16.
         n = len(self.running)
-        n = min(1 << (n - 1).bit_length() if n <= 8 else 16 * math.ceil(n / 16), self.max_num_seqs)
-        max_context_len = max(map(len, self.running)) + self.window - 1
-        if self.cuda:                          # chunks beyond a sequence's end cost next to nothing
-            max_context_len = max(1024, 4 ** math.ceil(math.log(max_context_len, 4)))
+        n = 1 << (n - 1).bit_length() if self.cuda or n <= 8 else 16 * math.ceil(n / 16)
+        n = min(n, self.max_num_seqs)
         self.cache.upload_block_table()
         self._begin_window(self.running)
+        key = n, self.options, self.with_logprobs
         for _ in range(self.window):
             if not self.cuda:
-                self._step(n, max_context_len)
-            elif (n, max_context_len) in self.graphs:
-                self.graphs[n, max_context_len].replay()
+                self._step(n)
+            elif key in self.graphs:
+                self.graphs[key].replay()
             else:
-                self._step(n, max_context_len, defer=True)     # a real step, and the warm-up
-                graph = torch.cuda.CUDAGraph()
+                self._step(n, defer=True)                      # a real step, and the warm-up
+                self.graphs[key] = graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self.graph_pool):
-                    self._step(n, max_context_len, defer=True)
+                    self._step(n, defer=True)
                 self.graph_pool = self.graph_pool or graph.pool()
-                self.graphs[n, max_context_len] = graph
         if self.cuda and (self.last_draw[:len(self.running)] == NOT_FOUND).any():      # seldom
-            self._step(n, max_context_len + 1)                 # one more than the window
+            self._step(n)                                      # one more than the window
         self._end_window(self.running)
 
-    def _step(self, n, max_context_len, defer=False):
+    def _step(self, n, defer=False):
         """Sample one more token for each of the first n slots that is not finished."""
         num_new, rows = self.num_new[:n], self.rows[:n]
         context_lens = self.context_lens[:n] + num_new         # the last sampled token included
-        write = self.cache.writer(rows, context_lens - 1)
-        attention = self.cache.attention(context_lens, max_context_len)
-
-        def attend(layer, q, k, v):
-            write(layer, k, v)
-            return attention(layer, q)
+        store = self.cache.writer(rows, context_lens - 1)
+        attention = self.cache.attention(context_lens)
         last_tokens = self.tokens[rows, num_new]               # (n,)
-        hidden = self.model(last_tokens, positions=context_lens - 1, attend=attend)
+        hidden = self.model(last_tokens, positions=context_lens - 1, store=store,
+                            attend=lambda layer, q, *kv: attention(layer, q))
         self._draw(hidden, defer)
 
     def _draw(self, hidden, defer=False):
-        """Sample a token for each of the first n slots, from hidden (n, D).
-
-        defer: read nothing back. A slot with NOT_FOUND waits for a step that is not deferred."""
-        n = len(hidden)
-        rows, num_new, max_new = self.rows[:n], self.num_new[:n], self.max_new[:n]     # views
-        logits, u = self.model.logits(hidden), self.u[rows, num_new]             # (n, V), (n,)
-        token = sample_tokens(logits, u, *self.options)        # (n,)
-        if not defer and (token == NOT_FOUND).any():           # look at the whole vocabulary
-            token = sample_tokens(logits, u, *self.options, max_candidates=logits.shape[-1])
-        self.last_draw[:n] = token
-        self.tokens[rows, num_new + 1] = token                 # read only if num_new grows
+        """Sample a token for each of the first n slots, from hidden (n, D). defer: see draw_tokens."""
+        n, logits = len(hidden), self.model.logits(hidden, hidden.dtype)         # (n, V)
+        at = self.num_new[:n].clone() if self.with_logprobs else None            # (n,)
+        slots = Slots(*self.state[1:, :n], self.tokens[:n], self.u[:n])
+        draw_tokens(logits, slots, self.eos, *self.options, defer=defer)
         if self.with_logprobs:
-            scaled = logits / (self.options[0] or 1)
-            chosen = scaled.gather(-1, token.clamp(min=0)[:, None])[:, 0]
-            self.logprobs[rows, num_new] = chosen - scaled.logsumexp(-1)
-        num_new += (token >= 0) & (num_new < max_new)
-        is_eos = (token[:, None] == self.eos).any(-1)
-        max_new.copy_(num_new.where(is_eos, max_new))          # an eos ends the sequence
+            scaled = logits.float() / (self.options[0] or 1)
+            chosen = scaled.gather(-1, slots.last_draw.clamp(min=0)[:, None])[:, 0]
+            self.logprobs[self.rows[:n], at] = chosen - scaled.logsumexp(-1)
 
 # --------------------------------------------------------------------------------------------------
 # What other stages use too

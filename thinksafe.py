@@ -42,6 +42,8 @@ TINY = ROOT / "tiny"
 sys.path.append(str(ROOT / "kernels"))     # flat modules: the hub has a package named `kernels` too
 
 from cpu_linear import Linear, linear, prepack_linear_layers, trainable_product
+from fused import add_norm, norm_rope, silu_mul, use_kernels
+from merged_linear import linear_layers, merge_linear_layers
 from quantized_linear import QuantizedLinear
 
 # --------------------------------------------------------------------------------------------------
@@ -177,9 +179,6 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
 LLAMA3_KEYS = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 ROPE_KEYS = {"default": ("rope_theta",), "llama3": ("rope_theta", *LLAMA3_KEYS)}
 
@@ -196,31 +195,24 @@ def rope_frequencies(config):
     smooth = smooth.clamp(0, 1)                      # 0: long waves, scaled; 1: short ones, kept
     return (1 - smooth) * inv_freq / rope["factor"] + smooth * inv_freq
 
-def rotate(x, cos, sin):
-    """Apply the rotary embedding to x (T, H, d). The first half of sin (T, 1, d) is negated."""
-    a, b = x.chunk(2, -1)
-    return torch.addcmul(x * cos.to(x.dtype), torch.cat((b, a), -1), sin.to(x.dtype))
-
 class Attention(nn.Module):
     def __init__(self, c, make_linear, qk_norm):
         super().__init__()
-        self.d = c.head_dim
-        q_size, kv_size = c.num_attention_heads * self.d, c.num_key_value_heads * self.d
+        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_proj = make_linear("self_attn.q_proj", c.hidden_size, q_size)
         self.k_proj = make_linear("self_attn.k_proj", c.hidden_size, kv_size)
         self.v_proj = make_linear("self_attn.v_proj", c.hidden_size, kv_size)
         self.o_proj = make_linear("self_attn.o_proj", q_size, c.hidden_size)
-        self.q_norm = RMSNorm(self.d, c.rms_norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.d, c.rms_norm_eps) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if qk_norm else None
+        self.sizes, self.eps, self.merged = (q_size, kv_size, kv_size), c.rms_norm_eps, None
 
-    def forward(self, x, cos, sin, attend):
-        """x (T, D) -> (T, D). cos, sin (T, 1, d). attend(q (T, H, d), k, v (T, Hkv, d)) -> q's."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.d))                           # (T, H, d)
-        k = self.k_proj(x).unflatten(-1, (-1, self.d))                           # (T, Hkv, d)
-        v = self.v_proj(x).unflatten(-1, (-1, self.d))
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        q, k = q.to(v.dtype), k.to(v.dtype)          # autocast runs norms in fp32
-        return self.o_proj(attend(q, k, v).flatten(1))
+    def forward(self, x, cos, sin, layer, attend, store):
+        """x (T, D) -> (T, D). For the others see Decoder.forward."""
+        norms = [norm and norm.weight for norm in (self.q_norm, self.k_norm)]
+        qkv = linear_layers(x, (self.q_proj, self.k_proj, self.v_proj), self.merged)
+        q, k, v = norm_rope(qkv, self.sizes, norms, self.eps, cos, sin, layer, store)
+        return self.o_proj(attend(layer, q, k, v).flatten(1))
 
 class MLP(nn.Module):
     def __init__(self, c, make_linear):
@@ -228,9 +220,11 @@ class MLP(nn.Module):
         self.gate_proj = make_linear("mlp.gate_proj", c.hidden_size, c.intermediate_size)
         self.up_proj = make_linear("mlp.up_proj", c.hidden_size, c.intermediate_size)
         self.down_proj = make_linear("mlp.down_proj", c.intermediate_size, c.hidden_size)
+        self.merged = None
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_mul(
+            linear_layers(x, (self.gate_proj, self.up_proj), self.merged)))
 
 class Block(nn.Module):
     def __init__(self, c, make_linear, qk_norm):
@@ -240,10 +234,14 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, attend, at=slice(None)):
-        """x (T, D) -> (T, D), or (n, D) for the n tokens `at` alone."""
-        x = (x + self.self_attn(self.input_layernorm(x), cos, sin, attend))[at]
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, delta, at, *args):
+        """The residual stream x (T, D), and what is still to be added to it -> both anew, for the n
+        tokens `at` alone (n, D)."""
+        x, h = add_norm(x, delta, self.input_layernorm.weight, self.input_layernorm.eps)
+        delta = self.self_attn(h, *args)
+        norm = self.post_attention_layernorm
+        x, h = add_norm(x[at], delta[at], norm.weight, norm.eps)
+        return x, self.mlp(h)
 
 class Decoder(nn.Module):
     """A decoder-only transformer over packed tokens, for a config from `read_config`. biased: names
@@ -277,9 +275,12 @@ class Decoder(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
-    def forward(self, tokens, cu_seqlens=None, *, positions=None, attend=None, at=slice(None)):
-        """Run tokens (T,) of documents cu_seqlens (B+1,) -> hidden (T, D), ready for `logits`. With
-        a KV cache the caller gives positions (T,) and attend(layer, q, k, v) instead of cu_seqlens.
+    def forward(self, tokens, cu_seqlens=None, *, positions=None, attend=None, store=None,
+                at=slice(None)):
+        """Run tokens (T,) of documents cu_seqlens (B+1,) -> hidden (T, D), ready for `logits`.
+
+        With a KV cache the caller gives, instead of cu_seqlens, positions (T,), store(layer, k, v),
+        and attend(layer, q, k, v), with q (T, H, d), k and v (T, Hkv, d), which returns q's.
         at: numbers (n,) of the tokens whose hidden state is wanted, for a result of (n, D)."""
         if attend is None:
             cu = cu_seqlens.to(self.device)
@@ -287,26 +288,29 @@ class Decoder(nn.Module):
             positions = torch.arange(len(tokens), device=self.device) - starts
             attend = packed_attention(cu)
         self.inv_freq = self.inv_freq.to(self.device)
-        x = self.embed_tokens(tokens)                                            # (T, D)
         angle = positions[:, None, None].float() * self.inv_freq                 # (T, 1, d/2)
-        cos = angle.cos().repeat(1, 1, 2).to(x.dtype)                            # (T, 1, d)
-        sin = torch.cat((-angle.sin(), angle.sin()), -1).to(x.dtype)
+        cos, sin = angle.cos().repeat(1, 1, 2), angle.sin()
+        sin = torch.cat((-sin, sin), -1)                                         # (T, 1, d)
+        x, delta = self.embed_tokens(tokens), None                               # (T, D)
         for i, layer in enumerate(self.layers):
             wanted = at if i == len(self.layers) - 1 else slice(None)
-            args = x, cos, sin, functools.partial(attend, i), wanted
+            args = wanted, cos, sin, i, attend, store
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, *args, use_reentrant=False)
+                x = x if delta is None else x + delta            # keeps one tensor, not two
+                x, delta = checkpoint(layer, x, None, *args, use_reentrant=False)
             else:
-                x = layer(*args)
-        return self.norm(x)
+                x, delta = layer(x, delta, *args)
+        return add_norm(x, delta, self.norm.weight, self.norm.eps)[1]
 
-    def logits(self, hidden):
-        """hidden (T, D) -> logits (T, V) in fp32."""
-        return linear(hidden, self.head, packed=self.packed_head).float()
+    def logits(self, hidden, dtype=torch.float32):
+        """hidden (T, D) -> logits (T, V) in dtype."""
+        return linear(hidden, self.head, packed=self.packed_head).to(dtype)
 
     def prepack_weights(self, train=False):
-        """On a CPU, keep frozen weights also in oneDNN's order: 1.5 to 3 times the speed."""
+        """Lay out frozen weights for speed: on a CPU once more in oneDNN's order, on a GPU those of
+        one input below each other."""
         prepack_linear_layers(self, train)
+        merge_linear_layers(self)
 
 # --------------------------------------------------------------------------------------------------
 # LoRA (arXiv 2106.09685), interchangeable with PEFT's
@@ -319,7 +323,8 @@ class LoRALinear(nn.Module):
     def __init__(self, base, r, alpha, dropout):
         super().__init__()
         self.base_layer, self.scale, self.dropout = base, alpha / r, nn.Dropout(dropout)
-        n_in, n_out = base.in_features, base.out_features
+        n_in, self.out_features = base.in_features, base.out_features
+        n_out = self.out_features
         self.small = base.weight.dtype == torch.float32 and n_in * n_out < 4 * r * (n_in + n_out)
         options = {"dtype": torch.float32, "device": base.weight.device}
         self.lora_A = nn.Parameter(torch.empty(r, n_in, **options))
@@ -332,10 +337,12 @@ class LoRALinear(nn.Module):
         if self.small and self.enabled and prepacked and not self.dropout.p:
             weight = base.weight + self.scale * self.lora_B @ self.lora_A
             return trainable_product(x, weight, base.bias)
+        if isinstance(base, Linear) and use_kernels(x, base.weight):
+            return linear_layers(x, [self], merged=base)[0]
         out = base(x)
         if self.enabled:
-            low_rank = F.linear(self.dropout(x.float()), self.lora_A)            # (T, r)
-            out = out + F.linear(low_rank, self.scale * self.lora_B).to(out.dtype)
+            low_rank = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (T, r)
+            out = out + F.linear(low_rank, (self.scale * self.lora_B).to(x.dtype))
         return out
 
 def lora_layers(model):

@@ -3,7 +3,7 @@
     cache.allocate(slot, blocks)                        # a slot is a place for one sequence
     cache.upload_block_table()                          # allocations and swaps hold from here on
     cache.writer(slots, positions)(layer, k, v)         # store k, v (n, Hkv, d) of n tokens
-    cache.attention(context_lens, max_context_len)(layer, q)    # q (n, H, d) of the first n slots
+    cache.attention(context_lens)(layer, q)             # q (n, H, d) of the first n slots
     cache.move(source, slot, length)                    # then cache.free(source)
     cache.free(slot)
 """
@@ -12,7 +12,8 @@ import mmap
 
 import torch
 
-from paged_attention import paged_attention, quantize_kv
+from fused import PagedWriter
+from paged_attention import paged_attention
 
 def _lazy_zeros(shape, dtype):
     """Zeros on a CPU that take memory when first written to: a slot costs what a sequence needs."""
@@ -50,9 +51,9 @@ class ContiguousKVCache:
             self.v[layer][slots, :, block, place] = v
         return write
 
-    def attention(self, context_lens, max_context_len=None):
+    def attention(self, context_lens):
         """Return attend(layer, q) for the first n slots, which hold context_lens (n,) >= 1 tokens.
-        Slots of similar length are computed together; max_context_len is not used."""
+        Slots of similar length are computed together."""
         d, batches = self.d, []
         by_length = context_lens.argsort(descending=True)
         for slots in by_length.split(max(32, len(context_lens) // 8)):
@@ -119,22 +120,14 @@ class PagedKVCache:
     def writer(self, slots, positions):
         """Return write(layer, k, v), which stores n tokens at positions (n,) of slots (n,)."""
         block = self.block_table[slots, positions // self.block_size].long()
-        offset = positions % self.block_size
+        rows = block * self.block_size + positions % self.block_size
+        return PagedWriter(self.k, self.v, self.k_scale, self.v_scale, rows)
 
-        def write(layer, k, v):
-            for cache, scale, x in ((self.k, self.k_scale, k), (self.v, self.v_scale, v)):
-                if scale[layer] is not None:
-                    x, scale[layer][block, offset] = quantize_kv(x)
-                cache[layer][block, offset] = x
-        return write
-
-    def attention(self, context_lens, max_context_len):
-        """Return attend(layer, q) for the first n slots, which hold context_lens (n,) >= 1 tokens,
-        at most max_context_len."""
+    def attention(self, context_lens):
+        """Return attend(layer, q) for the first n slots, which hold context_lens (n,) >= 1."""
         def attend(layer, q):
-            return paged_attention(
-                q, self.k[layer], self.v[layer], self.block_table[:len(q)], context_lens,
-                max_context_len, self.k_scale[layer], self.v_scale[layer])
+            return paged_attention(q, self.k[layer], self.v[layer], self.block_table[:len(q)],
+                                   context_lens, self.k_scale[layer], self.v_scale[layer])
         return attend
 
     def allocate(self, slot, blocks):

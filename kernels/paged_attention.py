@@ -1,6 +1,6 @@
 """Attention of one new token per sequence over a paged key-value cache of 16 or 8 bits.
 
-    out = paged_attention(q, k, v, block_table, context_lens, max_context_len)  # (n, H, d)
+    out = paged_attention(q, k, v, block_table, context_lens)   # (n, H, d)
 
 The keys and values of a sequence lie in blocks of tokens, listed in order by a row of block_table,
 so memory holds little more than what is in use. Decoding reads all of it for every token and
@@ -10,11 +10,11 @@ computes almost nothing: the floor is bytes over bandwidth. Hence:
   the rows of one small matrix product, padded to the 16 that a tensor core wants. So keys and
   values are read once.
 * A long sequence is cut into chunks that run side by side. A second kernel joins them by their log
-  sums. Chunks past the end of a sequence return at once: short and long sequences share a launch.
+  sums. Each sequence is cut by its own length: short and long ones share a launch.
 * With 8 bits each key and each value of a token and head is int8 with one fp32 scale. The scales
   multiply scores and probabilities, not keys and values.
 
-The launch depends on the number of sequences and max_context_len alone: it fits in a CUDA graph.
+The launch depends on the number of sequences alone: it fits in a CUDA graph.
 Prior art, for the ideas: FlashAttention 2 and flash-decoding (chunks), vLLM (blocks).
 """
 import math
@@ -30,17 +30,10 @@ except ImportError:         # CPU builds of torch come without it
 
 INTERPRET = False           # tests send CPU tensors through the kernel, with TRITON_INTERPRET=1
 
-def quantize_kv(x):
-    """Quantize x (..., d) to int8 of that shape and fp32 scales (...): x is about int8 * scale."""
-    x = x.float()
-    scale = x.abs().amax(-1).clamp(min=1e-12) / 127
-    return (x / scale[..., None]).round().to(torch.int8), scale
-
-def _plain(q, k, v, block_table, context_lens, max_context_len, k_scale, v_scale):
+def _plain(q, k, v, block_table, context_lens, k_scale, v_scale):
     """The definition, by gathering the blocks of each sequence."""
-    block_size = k.shape[1]
-    blocks = block_table[:, :-(-max_context_len // block_size)].long()
-    longest = min(max_context_len, blocks.shape[1] * block_size)
+    longest = int(context_lens.max())
+    blocks = block_table[:, :-(-longest // k.shape[1])].long()
 
     def gather(cache, scale):
         x = cache[blocks].flatten(1, 2)[:, :longest]            # (n, longest, Hkv, d)
@@ -59,10 +52,11 @@ if triton is not None:
     @triton.jit
     def _chunk_kernel(
         q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr, context_lens_ptr, part_ptr,
-        lse_ptr, scale, table_stride, chunk_size, HKV: tl.constexpr, G: tl.constexpr,
+        lse_ptr, scale, table_stride, min_blocks, HKV: tl.constexpr, G: tl.constexpr,
         GP: tl.constexpr, d: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
     ):
-        """Attention over one chunk of chunk_size tokens; the grid is (n, HKV, chunks).
+        """Attention over one chunk of a sequence, of min_blocks blocks or more where a sequence has
+        more than that for each of its chunks; the grid is (n, HKV, chunks).
 
         Writes the softmax-weighted mean of the values to part (n, HKV, chunks, G, d) fp32 and log2
         of the sum of exponentials to lse (n, HKV, chunks, G), -inf past the end of the sequence.
@@ -75,12 +69,14 @@ if triton is not None:
         total = tl.zeros((GP,), tl.float32)
         mean = tl.zeros((GP, DP), tl.float32)
         inside = (gs < G)[:, None] & (ds < d)[None, :]
-        if chunk * chunk_size < length:
+        blocks = tl.cdiv(tl.cdiv(length, BLOCK), tl.num_programs(2))
+        size = tl.maximum(blocks, min_blocks) * BLOCK                   # tokens of a chunk
+        if chunk * size < length:
             q_rows = ((row * HKV + head) * G + gs[:, None]).to(tl.int64)
             q = tl.load(q_ptr + q_rows * d + ds[None, :], mask=inside, other=0.0)
             table_ptr = block_table_ptr + row.to(tl.int64) * table_stride
-            end = tl.minimum(length, (chunk + 1) * chunk_size)
-            for first in range(chunk * chunk_size, end, BLOCK):
+            end = tl.minimum(length, (chunk + 1) * size)
+            for first in range(chunk * size, end, BLOCK):
                 block = tl.load(table_ptr + first // BLOCK).to(tl.int64)
                 token = (block * BLOCK + ts) * HKV + head               # (BLOCK,) rows of k and v
                 is_token = first + ts < end
@@ -107,48 +103,44 @@ if triton is not None:
 
     @triton.jit
     def _join_kernel(
-        part_ptr, lse_ptr, out_ptr, chunks, CHUNKS: tl.constexpr, G: tl.constexpr, d: tl.constexpr,
+        part_ptr, lse_ptr, out_ptr, CHUNKS: tl.constexpr, G: tl.constexpr, d: tl.constexpr,
         DP: tl.constexpr,
     ):
         """Weight the means of the chunks by their sums: out (n, HKV, G, d); grid (n * HKV, G)."""
         head, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
         cs, ds = tl.arange(0, CHUNKS), tl.arange(0, DP)
-        at = (head * chunks + cs) * G + g
-        lse = tl.load(lse_ptr + at, mask=cs < chunks, other=float("-inf"))
+        at = (head * CHUNKS + cs) * G + g
+        lse = tl.load(lse_ptr + at)
         weight = tl.exp2(lse - tl.max(lse, 0))
         written = (weight > 0)[:, None] & (ds < d)[None, :]     # the other parts are garbage
         part = tl.load(part_ptr + at[:, None] * d + ds[None, :], mask=written, other=0.0)
         mean = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
         tl.store(out_ptr + (head * G + g) * d + ds, mean.to(out_ptr.dtype.element_ty), mask=ds < d)
 
-def chunk_size(n, kv_heads, max_context_len, block_size, processors):
-    """Tokens of a chunk: whole blocks, at most about 1024, with four programs per processor."""
-    chunks = max(1, 4 * processors // (n * kv_heads), -(-max_context_len // 1024))
-    return -(-max_context_len // (chunks * block_size)) * block_size
+def cut(n, kv_heads, processors):
+    """Return into how many chunks at most n sequences are cut, and how many blocks a chunk has at
+    least: about eight programs for each processor, but no small chunks where there is no need."""
+    chunks = triton.next_power_of_2(triton.cdiv(8 * processors, n * kv_heads))
+    return min(max(chunks, 4), 64), 1 if n * kv_heads < 4 * processors else 8
 
-def _kernel(q, k, v, block_table, context_lens, max_context_len, k_scale, v_scale):
-    n, heads, d = q.shape
-    _, block_size, kv_heads, _ = k.shape
-    G, DP = heads // kv_heads, triton.next_power_of_2(d)
-    GP, processors = max(16, triton.next_power_of_2(G)), 4
+def _kernel(q, k, v, block_table, context_lens, k_scale, v_scale):
+    (n, heads, d), (_, block_size, kv_heads, _) = q.shape, k.shape
+    G, DP, processors = heads // kv_heads, triton.next_power_of_2(d), 4
     if q.is_cuda:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    size = chunk_size(n, kv_heads, max_context_len, block_size, processors)
-    chunks = -(-max_context_len // size)
+    chunks, min_blocks = cut(n, kv_heads, processors)
     part = q.new_empty(n, kv_heads, chunks, G, d, dtype=torch.float32)
     lse = q.new_empty(n, kv_heads, chunks, G, dtype=torch.float32)
     out = torch.empty_like(q)
     with torch.cuda.device_of(q):                       # Triton launches on the current device
         _chunk_kernel[n, kv_heads, chunks](
             q.contiguous(), k, v, k_scale, v_scale, block_table, context_lens, part, lse,
-            math.log2(math.e) / math.sqrt(d), block_table.stride(0), size, kv_heads, G, GP, d, DP,
-            block_size, num_warps=4, num_stages=3)
-        _join_kernel[n * kv_heads, G](
-            part, lse, out, chunks, triton.next_power_of_2(chunks), G, d, DP, num_warps=1)
+            math.log2(math.e) / math.sqrt(d), block_table.stride(0), min_blocks, kv_heads, G,
+            max(16, triton.next_power_of_2(G)), d, DP, block_size, num_warps=4, num_stages=3)
+        _join_kernel[n * kv_heads, G](part, lse, out, chunks, G, d, DP, num_warps=1)
     return out
 
-def paged_attention(q, k, v, block_table, context_lens, max_context_len, k_scale=None,
-                    v_scale=None):
+def paged_attention(q, k, v, block_table, context_lens, k_scale=None, v_scale=None):
     """Attention of one query token per sequence: (n, H, d) of q's dtype.
 
     Args:
@@ -156,8 +148,7 @@ def paged_attention(q, k, v, block_table, context_lens, max_context_len, k_scale
         k, v: (blocks, block_size, Hkv, d), contiguous, of q's dtype or int8.
         block_table: (n, max_blocks) int32, the blocks of each sequence in order.
         context_lens: (n,) int, tokens of each sequence that the query sees, at least 1.
-        max_context_len: int, no entry of context_lens is larger.
-        k_scale, v_scale: (blocks, block_size, Hkv) fp32 of an int8 cache, see quantize_kv."""
+        k_scale, v_scale: (blocks, block_size, Hkv) fp32 of an int8 cache, see fused.quantize_kv."""
     kernel = triton is not None and (q.is_cuda or INTERPRET)
     attend = _kernel if kernel else _plain
-    return attend(q, k, v, block_table, context_lens, max_context_len, k_scale, v_scale)
+    return attend(q, k, v, block_table, context_lens, k_scale, v_scale)

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                # read when the kernel is decorated
 
-from paged_attention import _kernel, _plain, quantize_kv, triton
+from fused import quantize_kv
+from paged_attention import _kernel, _plain, triton
 
 
 def clock(f):
@@ -61,11 +62,11 @@ def measure(n, kv_heads, group, d, longest):
         attend = _kernel if triton else _plain
 
         def ours(n=n, attend=attend, k_=k_, v_=v_, k_scale=k_scale, v_scale=v_scale):
-            return attend(q[:n], k_, v_, table[:n], lengths[:n], longest, k_scale, v_scale)
+            return attend(q[:n], k_, v_, table[:n], lengths[:n], k_scale, v_scale)
         used = table[:few].long()                       # their blocks, as a cache of their own
         wide = [restored(x[used], s if s is None else s[used]).flatten(0, 1) for x, s in ((k_, k_scale), (v_, v_scale))]
         own_table = torch.arange(few * per, device=device).view(few, per)
-        truth = _plain(q[:few].double(), *wide, own_table, lengths[:few], longest, None, None)
+        truth = _plain(q[:few].double(), *wide, own_table, lengths[:few], None, None)
         row[f"error {bits} bits"] = ((ours(few).double() - truth).norm() / truth.norm()).item()
         if cuda:
             seconds = clock(ours)

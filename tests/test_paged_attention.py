@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import paged_attention as pa
+from fused import quantize_kv
 from kv_cache import ContiguousKVCache, PagedKVCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,44 +51,48 @@ SHAPES = [(3, 2, 2, 32, 16, 70), (1, 1, 1, 16, 16, 1), (5, 2, 3, 24, 16, 33), (2
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_fp64(attention, shape):
     args = make(*shape)
-    got = attention(*args, shape[-1], None, None)
+    got = attention(*args, None, None)
     torch.testing.assert_close(got.double(), truth(*args), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_eight_bits_are_the_quantized_cache_exactly(attention, shape):
     q, k, v, table, length = make(*shape)
-    (k8, ks), (v8, vs) = pa.quantize_kv(k), pa.quantize_kv(v)
+    (k8, ks), (v8, vs) = quantize_kv(k), quantize_kv(v)
     assert (k8 * ks[..., None] - k).abs().max() <= 0.501 * ks.max()
-    got = attention(q, k8, v8, table, length, shape[-1], ks, vs)
+    got = attention(q, k8, v8, table, length, ks, vs)
     want = truth(q, k8 * ks[..., None], v8 * vs[..., None], table, length)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
-
-
-def test_a_max_context_len_beyond_every_length_changes_nothing(attention):
-    args = make(4, 2, 2, 16, 16, 50)
-    torch.testing.assert_close(attention(*args, 1024, None, None), attention(*args, 50, None, None), rtol=1e-5, atol=1e-6)
 
 
 def test_nan_is_not_hidden(attention):
     q, k, v, table, length = make(3, 2, 2, 16, 16, 40)
     q[1] = float("nan")
-    assert attention(q, k, v, table, length, 40, None, None).isnan().flatten(1).all(1).tolist() == [False, True, False]
+    assert attention(q, k, v, table, length, None, None).isnan().flatten(1).all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("of", ["k", "v"])
 def test_nan_of_one_token_is_not_hidden_by_other_chunks(attention, of):
     q, k, v, table, length = make(1, 1, 2, 16, 16, 200)
     {"k": k, "v": v}[of][table[0, 5]] = float("nan")                        # a block in the middle of several chunks
-    assert attention(q, k, v, table, length, 200, None, None).isnan().all()
+    assert attention(q, k, v, table, length, None, None).isnan().all()
 
 
 def test_chunks():
-    """They are whole blocks, of at most 1024 tokens, and as many as the processors can use."""
-    for n, longest in ((1, 100), (1, 16384), (64, 16384), (512, 1000), (3, 64)):
-        chunk = pa.chunk_size(n, 8, longest, 64, 132)
-        assert chunk % 64 == 0 and 0 < chunk <= 1024
-    assert pa.chunk_size(1, 8, 16384, 64, 132) < pa.chunk_size(64, 8, 16384, 64, 132) == 1024
+    """They fill the processors, and wide batches of short sequences are not cut."""
+    for n in (1, 4, 64, 256, 1000):
+        chunks, min_blocks = pa.cut(n, 8, 132)
+        assert chunks & (chunks - 1) == 0 and 4 <= chunks <= 64
+        assert n * 8 * chunks >= 4 * 132 or chunks == 64
+        assert min_blocks == (1 if n <= 64 else 8)
+
+
+@pytest.mark.parametrize("min_blocks", [1, 2, 100])
+@pytest.mark.parametrize("chunks", [1, 4, 16])
+def test_however_sequences_are_cut(attention, monkeypatch, chunks, min_blocks):
+    monkeypatch.setattr(pa, "cut", lambda *args: (chunks, min_blocks))
+    args = make(3, 1, 2, 16, 16, 150)
+    torch.testing.assert_close(attention(*args, None, None).double(), truth(*args), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,14 +134,14 @@ def test_blocks_of_a_paged_cache(int8):
     cache.writer(slot, position)(1, *(x[slot, position] for x in rows))
     want = truth(q, k, v, table, length)
     if int8:
-        (k, ks), (v, vs) = pa.quantize_kv(k), pa.quantize_kv(v)
+        (k, ks), (v, vs) = quantize_kv(k), quantize_kv(v)
         want = truth(q, k * ks[..., None], v * vs[..., None], table, length)
-    torch.testing.assert_close(cache.attention(length, longest)(1, q).double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cache.attention(length)(1, q).double(), want, rtol=1e-5, atol=1e-5)
     cache.move(3, 0, int(length[3]))                                                 # the last takes the place of the first
     cache.free(3)
     cache.upload_block_table()
     order = torch.tensor([3, 1, 2], device=DEVICE)
-    torch.testing.assert_close(cache.attention(length[order], longest)(1, q[order]).double(), want[order], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cache.attention(length[order])(1, q[order]).double(), want[order], rtol=1e-5, atol=1e-5)
     for slot in range(3):
         cache.free(slot)
     assert sorted(cache.free_blocks) == list(range(1, 4 * n + 1)) and not cache.host_table.any()
@@ -150,9 +155,9 @@ def test_bf16_at_real_shapes(n, longest, int8):
     q, k, v, table, length = args
     scales = None, None
     if int8:
-        (k, ks), (v, vs) = pa.quantize_kv(k), pa.quantize_kv(v)
+        (k, ks), (v, vs) = quantize_kv(k), quantize_kv(v)
         args, scales = (q, k.float() * ks[..., None], v.float() * vs[..., None], table, length), (ks, vs)
-    got = pa.paged_attention(q, k, v, table, length, longest, *scales)
+    got = pa.paged_attention(q, k, v, table, length, *scales)
     few = slice(0, 4)
     want = truth(q[few], args[1], args[2], table[few], length[few])
     assert (got[few].double() - want).norm() < 1e-2 * want.norm()

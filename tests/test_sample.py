@@ -10,6 +10,7 @@ from sample import NOT_FINITE, NOT_FOUND, Sampler, sample_tokens, uniforms
 from data.chat import encode_prompt
 from thinksafe import InputError, load_model
 
+import sample_tokens as sample_tokens_module
 from sample_tokens import _topk
 
 
@@ -239,6 +240,8 @@ def test_out_of_memory_at_any_step_loses_nothing(tiny, block_size, capsys):
 
 def test_graphs(tiny, monkeypatch):
     """The way of a GPU with a stand-in for CUDA graphs: capture records a step without doing it, replay does it."""
+    captured = []
+
     class Graph:
         def replay(self):
             Sampler._step(*self.step)
@@ -251,6 +254,7 @@ def test_graphs(tiny, monkeypatch):
             self.graph, self.step = graph, Sampler._step
 
         def __enter__(self):
+            captured.append(self.graph)
             Sampler._step = lambda *args, defer: setattr(self.graph, "step", (*args, defer))
 
         def __exit__(self, *error):
@@ -260,7 +264,7 @@ def test_graphs(tiny, monkeypatch):
     monkeypatch.setattr(Sampler, "_bytes_for_cache", lambda self: 10**9)
     options = dict(top_k=0, top_p=0.999, temperature=1.2)
     want = completions(tiny, 64, **options)
-    monkeypatch.setattr(sample, "sample_tokens", functools.partial(sample_tokens, max_candidates=30))      # many have to wait
+    monkeypatch.setattr(sample_tokens_module, "sample_tokens", functools.partial(sample_tokens, max_candidates=30))      # many have to wait
     for slots in (3, 16):
         sampler, used = Sampler(*tiny, slots, block_size=16, window=5), set()
         sampler.cuda = True
@@ -271,8 +275,10 @@ def test_graphs(tiny, monkeypatch):
             Sampler._end_window(sampler, seqs)
         sampler._end_window = end_window
         assert completions(tiny, slots, sampler=sampler, **options) == want
+        n = len(captured)
+        assert completions(tiny, slots, sampler=sampler, **options) == want and len(captured) == n      # the second call captures nothing
         assert len(used) == 1                                              # a graph's memory is that of every window
-        assert all(n <= slots for n, _ in sampler.graphs) and (slots, 1024) in sampler.graphs
+        assert all(n <= slots for n, *_ in sampler.graphs) and slots in {n for n, *_ in sampler.graphs}
 
 
 def test_a_stream_begins_with_the_numbers_of_a_shorter_one():
