@@ -103,7 +103,7 @@ class Guard:
         """Read B questions with guessed answers in one packed prefill -> the guard's own answers (B
         lists of ids, the verdict last, -1 where a logit is not finite) and B values of p_unsafe."""
         tokens, cu = pack_ids(texts, self.model.device)
-        at = cu[1:, None] - 1 - torch.tensor(self.answer_at, device=cu.device)   # (B, answers)
+        at = (cu[1:, None] - 1 - torch.tensor(self.answer_at)).to(self.model.device)  # (B, answers)
         logits = self.model.logits(self.model(tokens, cu, at=at.flatten())).unflatten(0, at.shape)
         safe, unsafe = (logits[:, -1, ids].logsumexp(-1) for ids in (self.safe, self.unsafe))
         answers = logits.argmax(-1)                                              # (B, answers)
@@ -226,7 +226,7 @@ def main():
     asked = [{"guard": model_hash(folder), "name": name, "question": form.question,
               "template": None if form.raw else template_hash(tokenizer)}
              for name, (form, folder, tokenizer) in guards.items()]
-    dtype = choose_dtype(args) or (torch.bfloat16 if args.device == "cuda" else torch.float32)
+    dtype = choose_dtype(args)
     fingerprint = {
         **(asked[0] if len(asked) == 1 else {"guards": asked}), "threshold": args.threshold,
         "keep": args.keep, "dtype": str(dtype), "quantize": args.quantize,

@@ -30,7 +30,7 @@ from thinksafe import (
     is_tiny, load_model, make_parser, pack_ids, packed_attention, positive, progress, seed_value,
     split_packs)
 
-from kv_cache import ContiguousKVCache, PagedKVCache
+from kv_cache import ContiguousKVCache, PagedKVCache, default_block_size
 from sample_tokens import NOT_FINITE, NOT_FOUND, Slots, draw_tokens, sample_tokens, uniforms
 
 class Completion(NamedTuple):
@@ -73,8 +73,9 @@ class Sampler:
         self.max_num_seqs, self.kv_bits, self.num_blocks = max_num_seqs, kv_bits, num_blocks
         self.cache = None
         self.cuda = model.device.type == "cuda"
-        on_cpu = model.device.type == "cpu"
-        self.block_size = block_size or (None if on_cpu else 64)         # None: a contiguous cache
+        self.block_size = block_size or default_block_size(model.device)
+        mac = model.device.type == "mps"             # it has no fp64: there a CPU draws
+        self.draw_device = torch.device("cpu") if mac else model.device
         self.window = window or (16 if self.cuda else 1)
         self.prefill_tokens = 16384 if self.cuda else 4096               # in one pass, at most
         model.prepack_weights()
@@ -147,7 +148,7 @@ class Sampler:
         dtype, int8 = self.model.head.dtype, self.kv_bits == 8
         self.max_context_len = max(len(seq.prompt) + seq.max_tokens for seq in self.waiting)
         self.graphs, self.graph_pool = {}, None
-        self.eos = torch.tensor(sorted(self.model.eos_ids), dtype=torch.long, device=device)
+        self.eos = torch.tensor(sorted(self.model.eos_ids), device=self.draw_device).long()
         if self.block_size:
             max_blocks = self._blocks_for(self.max_context_len)
             num_blocks = n * max_blocks + 1                    # block 0 is for empty slots
@@ -162,6 +163,7 @@ class Sampler:
                                       self.block_size, int8)
         else:
             self.cache = ContiguousKVCache(c, n, self.max_context_len, dtype)
+        device = self.draw_device
         self.rows = torch.arange(n, device=device)
         # Of each slot: tokens before the window, tokens to sample in it, tokens sampled in it, and
         # what was drawn last. A CUDA graph reads and writes these very tensors; see Slots.
@@ -243,18 +245,18 @@ class Sampler:
         number = {x: i for i, x in enumerate(dict.fromkeys(ids))}      # of the document
         owner = [number[x] for x in ids]                               # document of each slot
         tokens, cu = pack_ids(number, device)                          # (T,), (B+1,)
-        places = torch.arange(len(tokens), device=device)
+        places = torch.arange(len(tokens))
         positions = places - cu[:-1].repeat_interleave(cu.diff())      # (T,)
         parts = places.split(cu.diff().tolist())
         source = torch.cat([parts[i] for i in owner])                  # (S,) what each slot stores
-        slots = torch.arange(first, first + len(ids), device=device)
-        slots = slots.repeat_interleave(cu.diff()[owner])              # (S,)
+        slots = torch.arange(first, first + len(ids)).repeat_interleave(cu.diff()[owner])    # (S,)
+        positions, source, slots = (x.to(device) for x in (positions, source, slots))
         write = self.cache.writer(slots, positions[source])
 
         def store(layer, k, v):
             write(layer, k[source], v[source])
-        hidden = self.model(tokens, positions=positions, attend=packed_attention(cu), store=store,
-                            at=cu[1:] - 1)
+        hidden = self.model(tokens, positions=positions, store=store,
+                            attend=packed_attention(cu, device), at=cu[1:].to(device) - 1)
         self._begin_window(batch)
         self._draw(hidden[owner])
         self._end_window(batch)
@@ -307,18 +309,19 @@ class Sampler:
 
     def _step(self, n, defer=False):
         """Sample one more token for each of the first n slots that is not finished."""
-        num_new, rows = self.num_new[:n], self.rows[:n]
-        context_lens = self.context_lens[:n] + num_new         # the last sampled token included
-        store = self.cache.writer(rows, context_lens - 1)
+        num_new, rows, device = self.num_new[:n], self.rows[:n], self.model.device
+        context_lens = (self.context_lens[:n] + num_new).to(device)    # the last token included
+        store = self.cache.writer(rows.to(device), context_lens - 1)
         attention = self.cache.attention(context_lens)
-        last_tokens = self.tokens[rows, num_new]               # (n,)
+        last_tokens = self.tokens[rows, num_new].to(device)    # (n,)
         hidden = self.model(last_tokens, positions=context_lens - 1, store=store,
                             attend=lambda layer, q, *kv: attention(layer, q))
         self._draw(hidden, defer)
 
     def _draw(self, hidden, defer=False):
         """Sample a token for each of the first n slots, from hidden (n, D). defer: see draw_tokens."""
-        n, logits = len(hidden), self.model.logits(hidden, hidden.dtype)         # (n, V)
+        n = len(hidden)
+        logits = self.model.logits(hidden, hidden.dtype).to(self.draw_device)    # (n, V)
         at = self.num_new[:n].clone() if self.with_logprobs else None            # (n,)
         slots = Slots(*self.state[1:, :n], self.tokens[:n], self.u[:n])
         draw_tokens(logits, slots, self.eos, *self.options, defer=defer)

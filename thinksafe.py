@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -109,10 +110,11 @@ def training_pair(row):
 # Packing, and attention over packed documents
 
 def pack_ids(lists, device="cpu"):
-    """Pack B lists of token ids -> tokens (T,), cu_seqlens (B+1,), both int64."""
+    """Pack B lists of token ids -> tokens (T,), on the device, and cu_seqlens (B+1,), on the CPU,
+    both int64. What is known here travels to a GPU without waiting for it."""
     lengths = torch.tensor([0, *map(len, lists)])
-    ids = list(itertools.chain.from_iterable(lists))
-    return torch.tensor(ids, dtype=torch.int64, device=device), lengths.cumsum(0).to(device)
+    ids = torch.tensor(list(itertools.chain.from_iterable(lists)), dtype=torch.int64)
+    return ids.to(device, non_blocking=True), lengths.cumsum(0)
 
 def split_packs(items, length, budget):
     """Split items into consecutive groups whose summed length(item) is at most budget. An item
@@ -126,47 +128,67 @@ def split_packs(items, length, budget):
         room -= length(item)
     return packs
 
+def balance_packs(items, length, budget):
+    """Split items into as few groups as split_packs does, or a few more, but of about equal length.
+    One group keeps the order of the items."""
+    n, budget = len(split_packs(items, length, budget)), max(budget, *map(length, items), 0)
+    while n > 1:
+        packs = [[] for _ in range(n)]
+        for item in sorted(items, key=length, reverse=True):
+            min(packs, key=lambda pack: sum(map(length, pack))).append(item)
+        if max(sum(map(length, pack)) for pack in packs) <= budget:
+            return packs
+        n += 1
+    return [items][:n]
+
 @functools.cache
 def _flash_attention():
     """Return packed flash attention f(q, k, v, cu_seqlens, longest), None where a GPU has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
+        takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters    # torch 2.12
 
         def flash(q, k, v, cu, longest):
-            groups = q.shape[1] // k.shape[1]        # torch 2.11 lacks enable_gqa
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-            return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
+            options = {"enable_gqa": True} if takes_gqa else {}
+            if not takes_gqa:
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **options)
         x = torch.zeros(2, 1, 64, device="cuda", dtype=torch.bfloat16)
         flash(x, x, x, torch.tensor([0, 2], device="cuda", dtype=torch.int32), 2)
         return flash
     except Exception as e:
         print(f"attention: torch SDPA, as varlen_attn fails here ({e})", file=sys.stderr)
 
-def packed_attention(cu_seqlens):
+def packed_attention(cu_seqlens, device):
     """Return attend(layer, q, k, v): causal attention within each document of a pack. q and the
-    result are (T, H, d), k and v are (T, Hkv, d)."""
-    lengths = cu_seqlens.diff().tolist()
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    batches = []                                # (places in the pack (B, t), real (B, t))
-    while order:                                # documents of similar length share a padded batch
-        similar = [i for i in order if lengths[i] >= 0.8 * lengths[order[0]]]
-        place = torch.arange(lengths[order[0]], device=cu_seqlens.device)
-        order = order[len(similar):]
-        real = place < cu_seqlens.diff()[similar, None]                          # (B, t)
-        batches.append((cu_seqlens[similar, None] + place * real, real))    # padding: first token
-    rows = torch.cat([real.flatten() for _, real in batches]).nonzero()[:, 0]    # (T,)
-    unpad = rows[torch.cat([tokens.flatten() for tokens, _ in batches])[rows].argsort()]
-    cu = cu_seqlens.to(torch.int32)
+    result are (T, H, d), k and v are (T, Hkv, d). cu_seqlens (B+1,) is on the CPU."""
+    lengths, cu = cu_seqlens.diff().tolist(), cu_seqlens.to(device, torch.int32, non_blocking=True)
+
+    @functools.cache
+    def padded():
+        """Return the tokens (B, t) of padded batches of documents, and the places (T,) in them."""
+        order, batches, rows = sorted(range(len(lengths)), key=lambda i: -lengths[i]), [], []
+        while order:                            # documents of similar length share a padded batch
+            similar = [i for i in order if lengths[i] >= 0.8 * lengths[order[0]]]
+            place, order = torch.arange(lengths[order[0]]), order[len(similar):]
+            real = place < cu_seqlens.diff()[similar, None]                      # (B, t)
+            batches.append(cu_seqlens[similar, None] + place * real)    # padding: first token
+            rows.append(real.flatten())
+        rows = torch.cat(rows).nonzero()[:, 0]                                   # (T,)
+        unpad = rows[torch.cat([tokens.flatten() for tokens in batches])[rows].argsort()]
+        return [tokens.to(device) for tokens in batches], unpad.to(device)
 
     def attend(layer, q, k, v):
-        if q.is_cuda and q.dtype == torch.bfloat16 and q.shape[-1] % 8 == 0:
+        if q.is_cuda and q.dtype != torch.float32 and q.shape[-1] % 8 == 0:
             if flash := _flash_attention():
                 return flash(q, k, v, cu, max(lengths))
-        outs = []
-        for tokens, _ in batches:     # index_select: on a CPU its backward is 5 times as fast
-            qkv = [x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)
-                   for x in (q, k, v)]
-            out = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+        (batches, unpad), outs = padded(), []
+        for tokens in batches:        # index_select: on a CPU its backward is 5 times as fast
+            q_, k_, v_ = (x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
+                          .transpose(1, 2) for x in (q, k, v))
+            if q.device.type != "cpu":               # enable_gqa would store all scores
+                k_, v_ = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k_, v_))
+            out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=True)
             outs.append(out.transpose(1, 2).flatten(0, 1))                       # (B * t, H, d)
         return torch.cat(outs).index_select(0, unpad)
     return attend
@@ -262,6 +284,7 @@ class Decoder(nn.Module):
         self.lm_head = None if tied else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.inv_freq = rope_frequencies(c)          # a plain attribute: it stays in fp32
         self.activation_checkpointing = False        # less memory in training, a third slower
+        self.grad_scale = 2.0**16                    # of float16: see train.fit
         self.packed_head = None                      # set by prepack_weights
         self.name = self.folder = self.hash = None   # set by load_model, like eos_ids
         self.eos_ids = frozenset()
@@ -283,10 +306,10 @@ class Decoder(nn.Module):
         and attend(layer, q, k, v), with q (T, H, d), k and v (T, Hkv, d), which returns q's.
         at: numbers (n,) of the tokens whose hidden state is wanted, for a result of (n, D)."""
         if attend is None:
-            cu = cu_seqlens.to(self.device)
-            starts = cu[:-1].repeat_interleave(cu.diff())
-            positions = torch.arange(len(tokens), device=self.device) - starts
-            attend = packed_attention(cu)
+            attend = packed_attention(cu_seqlens, self.device)
+            starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+            positions = torch.arange(len(tokens)) - starts
+            positions = positions.to(self.device, non_blocking=True)
         self.inv_freq = self.inv_freq.to(self.device)
         angle = positions[:, None, None].float() * self.inv_freq                 # (T, 1, d/2)
         cos, sin = angle.cos().repeat(1, 1, 2), angle.sin()
@@ -300,7 +323,11 @@ class Decoder(nn.Module):
                 x, delta = checkpoint(layer, x, None, *args, use_reentrant=False)
             else:
                 x, delta = layer(x, delta, *args)
-        return add_norm(x, delta, self.norm.weight, self.norm.eps)[1]
+        hidden = add_norm(x, delta, self.norm.weight, self.norm.eps)[1]
+        if hidden.dtype == torch.float16 and hidden.requires_grad:
+            hidden = hidden.float()                  # gradients are scaled from here to LoRA's
+            hidden.register_hook(lambda grad: grad * self.grad_scale)
+        return hidden
 
     def logits(self, hidden, dtype=torch.float32):
         """hidden (T, D) -> logits (T, V) in dtype."""
@@ -362,7 +389,10 @@ def add_lora(model, r=32, alpha=16, dropout=0.05, targets=("q_proj", "v_proj")):
     if missing := set(targets) - found:
         raise InputError(f"LoRA targets: no block has a layer {', '.join(sorted(missing))}")
     for name, layer in layers.items():
-        model.set_submodule(name, LoRALinear(layer, r, alpha, dropout))
+        model.set_submodule(name, adapted := LoRALinear(layer, r, alpha, dropout))
+        if model.head.dtype == torch.float16:
+            for p in (adapted.lora_A, adapted.lora_B):
+                p.register_hook(lambda grad: grad / model.grad_scale)
     model.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout,
                   "target_modules": sorted(targets)}
 
@@ -657,15 +687,26 @@ def read_adapter(folder):
         raise InputError(f"{path}: its base model is an adapter too")
     return adapter
 
+@functools.cache                                     # it says so once
+def default_dtype(device):
+    """Return the dtype of weights on a "cpu", "mps" or "cuda": float32 but on a CUDA device, which
+    has bfloat16, or is older (T4, V100) and has float16."""
+    if device != "cuda":
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    print("--dtype float16: this GPU has no bfloat16", file=sys.stderr)
+    return torch.float16
+
 def load_model(name, device=None, dtype=None, quantize=None):
     """Load a model by its name (see `resolve_model`) -> (Decoder in eval mode, tokenizer). A PEFT
     LoRA folder gives the base model with the adapter on it.
 
-    device: default CUDA if there is one. dtype: default bfloat16 on CUDA, else float32. quantize:
+    device: default CUDA if there is one. dtype: default see `default_dtype`. quantize:
     "nf4" or "int8" for the linear layers of the blocks. Raises InputError for anything missing,
     damaged or unsupported."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or default_dtype(device.type)
     name, folder = resolve_model(name)
     if (folder / "adapter_config.json").exists():
         adapter = read_adapter(folder)
@@ -839,17 +880,19 @@ positive, seed_value = bounded(int, 1), bounded(int, 0, 2**31)
 def make_parser(doc):
     """Return an ArgumentParser with the flags of every stage, in its group `machine`."""
     p = Parser(description=doc, formatter_class=HelpFormatter)
-    gpu = torch.cuda.is_available()
+    gpu, mac = torch.cuda.is_available(), torch.backends.mps.is_available()
     p.machine = g = p.add_argument_group("folder and machine")
     g.add_argument("--out", type=Path, default=Path("out"), help="folder of all stages of a run")
-    g.add_argument("--device", choices=("cpu", "cuda")[:1 + gpu], default="cuda" if gpu else "cpu",
+    g.add_argument("--device", choices=["cpu", *["cuda"] * gpu, *["mps"] * mac],
+                   default="cuda" if gpu else "cpu",
                    help="torch device; CUDA_VISIBLE_DEVICES says which GPU")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of the weights; auto is bfloat16 on a GPU and float32 on a CPU")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                   help="of the weights; auto: float32 on a CPU, on a GPU bfloat16 if it has that, "
+                        "else float16")
     g.add_argument("--quantize", choices=("nf4", "int8"), help="keep the models' linear layers in "
                    "4 or 8 bits, by bitsandbytes: less memory, not faster")
     return p
 
 def choose_dtype(args):
-    """Return the dtype that --dtype names, or None for auto: `load_model` then decides."""
-    return None if args.dtype == "auto" else getattr(torch, args.dtype)
+    """Return the dtype that --dtype names."""
+    return default_dtype(args.device) if args.dtype == "auto" else getattr(torch, args.dtype)

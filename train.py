@@ -32,10 +32,10 @@ from data.rows import RowWriter, atomic_path, content_id, refuse_link, write_row
 from data.run_record import Stage, check_checkpoint, check_fingerprint, read_run, stage_seed
 from data.sources import VERSIONS, draw_examples, read_training_rows, training_rows
 from thinksafe import (
-    InputError, add_lora, bounded, choose_dtype, cli, escape_control_chars, free_memory,
-    has_refusal_instruction, is_harmful, is_tiny, load_lora, load_model, lora_disabled, lora_layers,
-    lora_tensors, make_parser, merge_lora, pack_ids, positive, progress, save_lora, save_model,
-    seed_value, split_packs, training_pair)
+    InputError, add_lora, balance_packs, bounded, choose_dtype, cli, default_dtype,
+    escape_control_chars, free_memory, has_refusal_instruction, is_harmful, is_tiny, load_lora,
+    load_model, lora_disabled, lora_layers, lora_tensors, make_parser, merge_lora, pack_ids,
+    positive, progress, save_lora, save_model, seed_value, training_pair)
 
 from linear_ce_kl import linear_ce_kl
 
@@ -119,7 +119,7 @@ def target_hidden_states(model, examples, mixed=False):
         where += range(start + example["n_prompt"] - 1, start + length(example) - 1)
         start += length(example)
     tokens, cu_seqlens = pack_ids([example["ids"] for example in examples], model.device)
-    where = torch.tensor(where, device=model.device)
+    where = torch.tensor(where).to(model.device, non_blocking=True)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
         hidden = model(tokens, cu_seqlens)[where]                                # (N, D)
     return hidden.bfloat16() if mixed else hidden, tokens[where + 1]
@@ -128,7 +128,7 @@ def target_weights(examples, key, device):
     """Return the weights (N,) fp32 of the targets. An example has a number, or one per target."""
     weights = [torch.as_tensor(example.get(key, 0.0)).float().expand(n_targets(example))
                for example in examples]
-    return torch.cat(weights).to(device)
+    return torch.cat(weights).to(device, non_blocking=True)
 
 def packed_loss(model, examples, reference=None, ref_head=None, mixed=False):
     """Return the Losses of one packed pass. A target has the loss
@@ -144,10 +144,11 @@ def packed_loss(model, examples, reference=None, ref_head=None, mixed=False):
     if asked := [example for example in examples if example.get("kl_weight")]:
         ref_hidden = torch.zeros_like(hidden)
         ref_hidden[rows] = reference(asked).to(hidden)
-    loss = linear_ce_kl(hidden, model.head.to(hidden.dtype), targets, ce_weight, ref_hidden,
-                        kl_weight, None if ref_hidden is None else ref_head)     # (N,)
+    head = model.head.to(hidden.dtype) if mixed else model.head
+    loss = linear_ce_kl(hidden, head, targets, ce_weight, ref_hidden,
+                        kl_weight if asked else None, ref_head if asked else None)    # (N,)
     plain = loss.detach()
-    return Losses(loss.sum(), plain[~rows].sum(), (plain / kl_weight)[rows].sum(),
+    return Losses(loss.sum(), plain.where(~rows, 0).sum(), (plain / kl_weight).where(rows, 0).sum(),
                   plain.new_zeros(()))
 
 def frozen_reference(model, mixed=False):
@@ -162,8 +163,10 @@ def frozen_reference(model, mixed=False):
 
 def make_optimizer(name, params, lr, weight_decay):
     """Return AdamW of torch, or of bitsandbytes with its state in 8 bits."""
+    params = list(params)
     if name == "adamw":
-        return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+        return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay,
+                                 fused=params[0].is_cuda or None)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
@@ -242,31 +245,30 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
         """Run forward and backward passes -> sums (4,) of the Losses, {name: extra scalar}."""
         torch.manual_seed(args.seed * 1_000_003 + step + (rank << 52))   # dropout: exact resuming
         n, sums = sum(map(n_targets, batch)), torch.zeros(4, device=args.device)
-        for pack in split_packs(batch[rank::world], length, args.pack_tokens):
+        for pack in balance_packs(batch[rank::world], length, args.pack_tokens):
             losses = loss(pack)
             (losses.total / n).backward()
             sums += torch.stack(losses).detach()
         return sums, extra_loss(step, batch) if extra_loss else {}
 
-    with progress("train", len(batches), "step", start, silent=rank > 0) as advance:
-        for step, batch in enumerate(batches[start:], start):
-            began = time.time()
-            batch, made = make_batch(step, batch) if make_batch else (batch, {})
-            lr = learning_rate(step, len(batches), config["lr"], args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            sums = None
+    def gradients(batch, step):
+        """Set the gradients of all ranks, clipped -> sums (4,), extras, and the norm before."""
+        while True:
+            optimizer.zero_grad(set_to_none=True)
             try:
                 sums, extra = backward(batch, step)
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as e:
                 if model.activation_checkpointing:
-                    raise
+                    raise InputError(f"step {step + 1}: out of GPU memory, though activations are "
+                                     "recomputed; use fewer --pack-tokens, --quantize nf4, or, if "
+                                     f"one row is too long, a smaller --max-length ({e})")
+                sums = None
             if sums is None:                         # outside of the handler its tensors are gone
                 print("out of GPU memory: from here on activations are recomputed", file=sys.stderr)
                 model.activation_checkpointing = True
                 optimizer.zero_grad(set_to_none=True)
                 free_memory()
-                sums, extra = backward(batch, step)
+                continue
             if world > 1:
                 for parameter in trainable.values():             # a rank may have had no row
                     if parameter.grad is None:
@@ -275,6 +277,18 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
                     for x in (sums, *extra.values(), *(p.grad for p in trainable.values())):
                         dist.all_reduce(x)
             norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.clip).item()
+            if math.isfinite(norm) or model.head.dtype != torch.float16 or model.grad_scale == 1:
+                return sums, extra, norm
+            model.grad_scale /= 2                    # float16 overflowed: the step once more
+
+    with progress("train", len(batches), "step", start, silent=rank > 0) as advance:
+        for step, batch in enumerate(batches[start:], start):
+            began = time.time()
+            batch, made = make_batch(step, batch) if make_batch else (batch, {})
+            lr = learning_rate(step, len(batches), config["lr"], args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            sums, extra, norm = gradients(batch, step)
             n_tokens, targets = sum(map(length, batch)), sum(map(n_targets, batch))
             total, ce, kl, reverse_kl = (sums / targets).tolist()
             extra = {name: value.item() for name, value in extra.items()}
@@ -284,7 +298,6 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
                                  "before this step was taken. Its rows: "
                                  + ", ".join(str(example["id"]) for example in batch))
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             metrics.append({"step": step + 1, "loss": total, "ce": ce, "kl": kl,
                             "reverse_kl": reverse_kl, "lr": lr, "grad_norm": norm,
                             "tokens": n_tokens, "targets": targets, **extra, **made,
@@ -376,8 +389,8 @@ def load_examples(args, encode, read=training_rows):
     examples = draw_examples(examples, skipped, args.limit, args.seed)
     return model, tokenizer, config, examples, skipped
 
-def is_mixed(args):
-    return args.full and args.device == "cuda"       # fp32 weights, computing in bf16
+def is_mixed(args):                                  # fp32 weights, computing in bf16
+    return args.full and default_dtype(args.device) == torch.bfloat16
 
 def train(args, model, tokenizer, config, examples, skipped, loss=None, *, fingerprint=None,
           extra_loss=None, extra_parameters=None, make_batch=None):

@@ -10,7 +10,9 @@ import json
 import math
 import os
 import platform
+import resource
 import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -176,6 +178,13 @@ def lock_folder(out):
     remove_leftovers(out, LOCKED_FILES, age=0)
     return lock
 
+def peak_gb(device):
+    """Return the largest memory that torch has taken of a GPU, else that of this process, in GB."""
+    if device == "cuda":
+        return round(torch.cuda.max_memory_reserved() / 1e9, 2)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(most * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)    # a Mac counts bytes
+
 class Stage:
     """One stage's entry in out/run.json: how the stage was run and what it produced.
 
@@ -224,6 +233,7 @@ class Stage:
 
     def finish(self, summary, where, next_command, **counts):
         """Record counts and end the stage: print the summary, the output and one JSON line."""
+        counts["peak_gb"] = peak_gb(self.entry["arguments"]["device"])
         self.save(finished=True, **counts)
         self.lock.release()
         print(escape_control_chars(f"{summary}\n  -> {where}\nnext: {next_command}"))

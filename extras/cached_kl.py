@@ -70,7 +70,9 @@ def cached_reference(out, reference, examples, pack_tokens, max_gb, fingerprint)
         try:
             with atomic_path(path) as beside, progress("reference", len(rows), "row") as advance:
                 with open(beside, "wb") as f:        # a disk that is too small says so at once
-                    os.posix_fallocate(f.fileno(), 0, n_bytes)
+                    if hasattr(os, "posix_fallocate"):       # a Mac has none
+                        os.posix_fallocate(f.fileno(), 0, n_bytes)
+                    f.truncate(n_bytes)
                 hidden = open_file(beside)
                 for pack in split_packs(examples, train.length, pack_tokens):
                     where = slice(pack[0]["cached"].start, pack[-1]["cached"].stop)

@@ -20,7 +20,7 @@ import torch
 
 import train
 from data.chat import decode_text
-from thinksafe import cli, escape_control_chars, load_model, make_parser, split_packs
+from thinksafe import balance_packs, cli, escape_control_chars, load_model, make_parser
 
 from linear_ce_kl import CPU_ROWS, GPU_BUFFER
 
@@ -139,7 +139,7 @@ def main():
         models.append(load_model(model.name, args.device, model.head.dtype)[0])
     packs = []
     for batch in train.make_batches(examples, config["batch_size"], config["epochs"], args.seed):
-        packs += split_packs(batch, train.length, args.pack_tokens)
+        packs += balance_packs(batch, train.length, args.pack_tokens)
     n_tokens, largest = max(((sum(map(train.length, pack)), pack) for pack in packs),
                             key=lambda pair: pair[0])
     model.train()

@@ -70,13 +70,18 @@ def _pack(weight, transposed, old):
 
 @functools.cache                            # it says so once
 def has_product(dtype):
-    """Tell whether oneDNN has a product in that dtype on this CPU; bf16 needs AVX-512."""
-    if dtype != torch.bfloat16:
-        return dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if supported := torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return supported
-    print("bfloat16 is slow on this CPU, which has no AVX-512: --dtype float32 is faster",
-          file=sys.stderr)
+    """Tell whether oneDNN has these products in that dtype on this CPU; bf16 needs AVX-512, and a
+    Mac's torch has none."""
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            print("bfloat16 is slow on this CPU, which has no AVX-512: --dtype float32 is faster",
+                  file=sys.stderr)
+            return False
+        x = torch.zeros(2, 2, dtype=dtype)
+        _product(x, torch.ops.mkldnn._reorder_linear_weight(x, 2))
+        return dtype in (torch.float32, torch.bfloat16)
+    except (AttributeError, RuntimeError):
+        return False
 
 def prepack_linear_layers(model, train=False):
     """Pack the frozen Linear layers of a model on a CPU, with train also for the backward pass, and
@@ -85,7 +90,10 @@ def prepack_linear_layers(model, train=False):
     if model.device.type != "cpu":
         return
     torch.empty(31 << 20, dtype=torch.uint8)    # makes glibc keep 62 MB of freed memory: 5% faster
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        memory = 8 << 30                        # a system that does not tell
     copies = (1 + train) * sum(p.nbytes for p in model.parameters())
     if copies > memory / 4 or not has_product(model.head.dtype):
         return

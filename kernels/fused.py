@@ -77,47 +77,48 @@ if triton is not None:
 
     @triton.jit
     def _rope_kernel(
-        qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
-        k_scale_ptr, v_scale_ptr, rows_ptr, out_stride, eps, G: tl.constexpr, HKV: tl.constexpr,
-        HP: tl.constexpr, half: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
+        qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, d_ptr, out_ptr, k_cache_ptr,
+        v_cache_ptr, k_scale_ptr, v_scale_ptr, rows_ptr, out_stride, eps, G: tl.constexpr,
+        HKV: tl.constexpr, HP: tl.constexpr, d: tl.constexpr, DP: tl.constexpr,
     ):
         """HKV of the (G + 2) HKV heads of a token: of q in programs 0 to G - 1, of k in program G,
-        of v in the last. qkv (T, heads, 2 half); HP, BLOCK: HKV and half padded. cos, sin (T,
-        2 half) fp32; the first half of sin is negated. All heads go to out, with out_stride from
-        token to token. With rows (T,) those of k and v go to these rows of a cache instead, as int8
-        if it has scales (rows, HKV). BACKWARD: in out, gradients to outputs become those to qkv."""
+        of v in the last. qkv (T, heads, d); HP, DP: HKV and d padded. cos, sin (T, d) fp32; the
+        first half of sin is negated. Results go to out, out_stride apart; with rows (T,) those of k
+        and v to these rows of a cache, as int8 if it has scales (rows, HKV). With d_ptr, the
+        gradient to out, all of its layout like qkv, the gradient to qkv is written instead."""
         token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        hs, ds = tl.arange(0, HP)[:, None], tl.arange(0, BLOCK)[None, :]
-        at, inside = hs * 2 * half + ds, (hs < HKV) & (ds < half)
-        of_part = part * HKV * 2 * half + at
-        qkv_ptrs = qkv_ptr + token * (G + 2) * HKV * 2 * half + of_part
-        out_ptrs = out_ptr + token * out_stride + of_part
-        a, b = _read(qkv_ptrs, inside), _read(qkv_ptrs + half, inside)  # first and second halves
+        hs, ds = tl.arange(0, HP)[:, None], tl.arange(0, DP)[None, :]
+        swapped, inside = (ds + d // 2) % d, (hs < HKV) & (ds < d)      # the partner in a rotation
+        heads = (token * (G + 2) + part) * HKV * d + hs * d
+        x = _read(qkv_ptr + heads + ds, inside)
+        if d_ptr is not None and part > G:
+            x = _read(d_ptr + heads + ds, inside)
         if part <= G:
-            angle = token * 2 * half + half + ds
-            cos, sin = _read(cos_ptr + angle, ds < half), _read(sin_ptr + angle, ds < half)
-            weight_a, weight_b, scale = 1.0, 1.0, 1.0
+            y = _read(qkv_ptr + heads + swapped, inside)
+            cos = _read(cos_ptr + token * d + ds, ds < d)
+            sin = _read(sin_ptr + token * d + ds, ds < d)
+            scale = 1.0
             if q_weight_ptr is not None:
-                weight_ptrs = q_weight_ptr + ds
+                weight_ptr = q_weight_ptr
                 if part == G:
-                    weight_ptrs = k_weight_ptr + ds
-                weight_a = _read(weight_ptrs, ds < half)
-                weight_b = _read(weight_ptrs + half, ds < half)
-                scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + eps)[:, None]
-            a, b = a * scale, b * scale
-            if BACKWARD:
-                d_a, d_b = _read(out_ptrs, inside), _read(out_ptrs + half, inside)
-                d_a, d_b = (d_a * cos + d_b * sin) * weight_a, (d_b * cos - d_a * sin) * weight_b
+                    weight_ptr = k_weight_ptr
+                scale = tl.rsqrt(tl.sum(x * x, 1) / d + eps)[:, None]
+                weight = _read(weight_ptr + ds, ds < d)
+                x *= scale
+                y *= scale * _read(weight_ptr + swapped, ds < d)
+            if d_ptr is None:
                 if q_weight_ptr is not None:
-                    mean = (tl.sum(d_a * a, 1) + tl.sum(d_b * b, 1))[:, None] / (2 * half)
-                    d_a, d_b = scale * (d_a - a * mean), scale * (d_b - b * mean)
-                a, b = d_a, d_b
+                    x *= weight
+                x = x * cos + y * sin
             else:
-                a, b = a * weight_a, b * weight_b
-                a, b = a * cos - b * sin, b * cos + a * sin
+                grad = _read(d_ptr + heads + ds, inside) * cos
+                grad -= _read(d_ptr + heads + swapped, inside) * sin
+                if q_weight_ptr is not None:
+                    grad *= weight
+                    grad = scale * (grad - x * (tl.sum(grad * x, 1) / d)[:, None])
+                x = grad
         if rows_ptr is None or part < G:
-            tl.store(out_ptrs, a, mask=inside)
-            tl.store(out_ptrs + half, b, mask=inside)
+            tl.store(out_ptr + token * out_stride + part * HKV * d + hs * d + ds, x, mask=inside)
         elif rows_ptr is not None:
             row = tl.load(rows_ptr + token) * HKV
             cache_ptr = k_cache_ptr
@@ -127,13 +128,10 @@ if triton is not None:
                 scale_ptr = k_scale_ptr
                 if part > G:
                     scale_ptr = v_scale_ptr
-                largest = tl.maximum(tl.max(tl.abs(a), 1), tl.max(tl.abs(b), 1))[:, None]
-                to_int8 = tl.maximum(largest, 1e-12) / 127
+                to_int8 = tl.maximum(tl.max(tl.abs(x), 1)[:, None], 1e-12) / 127
                 tl.store(scale_ptr + row + hs, to_int8, mask=hs < HKV)
-                a = (a / to_int8 + 12582912.0) - 12582912.0         # 1.5 * 2^23: rounds
-                b = (b / to_int8 + 12582912.0) - 12582912.0
-            tl.store(cache_ptr + row * 2 * half + at, a, mask=inside)
-            tl.store(cache_ptr + row * 2 * half + at + half, b, mask=inside)
+                x = (x / to_int8 + 12582912.0) - 12582912.0             # 1.5 * 2^23: rounds
+            tl.store(cache_ptr + (row + hs) * d + ds, x, mask=inside)
 
     @triton.jit
     def _silu_kernel(gate_up_ptr, d_ptr, out_ptr, F, BLOCK: tl.constexpr):
@@ -207,22 +205,22 @@ class _NormRope(torch.autograd.Function):
         out = qkv.new_empty(len(qkv), sum(sizes_out))
         ctx.args = sizes, weights, eps
         ctx.save_for_backward(qkv, cos, sin)
-        _NormRope.launch(qkv, *ctx.args, cos, sin, out, cache or [None] * 5)
+        _NormRope.launch(qkv, *ctx.args, cos, sin, None, out, cache or [None] * 5)
         return tuple(x.unflatten(-1, (-1, cos.shape[-1])) for x in out.split(sizes_out, -1))
 
     @staticmethod
     def backward(ctx, *grads):
         qkv, cos, sin = ctx.saved_tensors
-        d_qkv = torch.cat([grad.flatten(1) for grad in grads], -1)
-        _NormRope.launch(qkv, *ctx.args, cos, sin, d_qkv, [None] * 5, BACKWARD=True)
+        grad, d_qkv = torch.cat([grad.flatten(1) for grad in grads], -1), torch.empty_like(qkv)
+        _NormRope.launch(qkv, *ctx.args, cos, sin, grad, d_qkv, [None] * 5)
         return d_qkv, *[None] * 6
 
     @staticmethod
-    def launch(qkv, sizes, weights, eps, cos, sin, out, cache, BACKWARD=False):
+    def launch(qkv, sizes, weights, eps, cos, sin, grad, out, cache):
         d, G, HKV = cos.shape[-1], sizes[0] // sizes[1], sizes[1] // cos.shape[-1]
-        _rope_kernel[len(qkv), G + 2 - BACKWARD](
-            qkv, *weights, cos, sin, out, *cache, out.stride(0), eps, G, HKV,
-            triton.next_power_of_2(HKV), d // 2, triton.next_power_of_2(d // 2), BACKWARD)
+        _rope_kernel[len(qkv), G + 2](
+            qkv, *weights, cos, sin, grad, out, *cache, out.stride(0), eps, G, HKV,
+            triton.next_power_of_2(HKV), d, triton.next_power_of_2(d))
 
 def norm_rope(qkv, sizes, weights, eps, cos, sin, layer=0, store=None):
     """Norm q and k over each head, where there are weights, and apply the rotary embedding.

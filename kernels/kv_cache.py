@@ -26,6 +26,13 @@ def _weighted_sums(table, rows, starts, weights):
     with one or two rows on the left takes up to six times as long."""
     return torch.embedding_bag(table, rows, starts, False, 0, False, weights.reshape(-1))[0]
 
+def default_block_size(device):
+    """Tokens of a block; None on a CPU, for a contiguous cache. Registers of older GPUs hold 32."""
+    if device.type == "cpu":
+        return None
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+    return 32 if old else 64
+
 class ContiguousKVCache:
     """The cache on a CPU, for the config of a decoder: each slot has room for max_len tokens.
 

@@ -57,7 +57,7 @@ def _plain_dlogits(head, ref_head, hidden, targets, ce_weight, ref_hidden, kl_we
     """The definition, in fp32: the loss (n,) of n tokens and the gradient to the logits (n, V), of
     head, ref_head (V, D), hidden, ref_hidden (n, D) or None, and the others (n,)."""
     targets = targets[:, None]
-    x = hidden @ head.T                                                         # (n, V)
+    x = mm(hidden, head.T)                                                      # (n, V)
     x -= x.amax(1, keepdim=True)
     x_target = x.gather(1, targets)[:, 0]
     if ref_hidden is None:
@@ -66,7 +66,7 @@ def _plain_dlogits(head, ref_head, hidden, targets, ce_weight, ref_hidden, kl_we
         loss = ce_weight * (total.log() - x_target)
         dlogits *= (ce_weight / total)[:, None]
     else:
-        x_ref = ref_hidden @ ref_head.T
+        x_ref = mm(ref_hidden, ref_head.T)
         x_ref -= x_ref.amax(1, keepdim=True)
         e_ref = x_ref.exp()
         x_ref -= x
@@ -269,7 +269,9 @@ def _plain(head, ref_head, inputs, want_hidden, want_head):
     d_head = torch.zeros_like(head) if want_head else None
     for i, batch in _batches(False, head, inputs):
         loss[i], dlogits = _plain_dlogits(head, ref_head, *batch)
-        if want_hidden:
+        if want_hidden and head.dtype == torch.float16:     # its smallest number is 6e-8
+            d_hidden[i] = (mm((dlogits * 1024).half(), head) / 1024).to(hidden.dtype)
+        elif want_hidden:
             d_hidden[i] = (dlogits @ head).to(hidden.dtype)
         if want_head:
             d_head.addmm_(dlogits.T, batch[0])
@@ -351,8 +353,8 @@ def linear_ce_kl(hidden, head, targets, ce_weight=None, ref_hidden=None, kl_weig
     """Weighted cross-entropy and KL(reference || student) of each token: (N,) fp32, not normalized.
 
     Args:
-        hidden: (N, D) bf16 or fp32, last hidden states of the student.
-        head: (V, D) bf16 or fp32, of the student and, as a constant, of the reference.
+        hidden: (N, D), last hidden states of the student, in bf16, fp16 or fp32.
+        head: (V, D) likewise, of the student and, as a constant, of the reference.
         targets: (N,) integers. A token with target -100, or with both weights 0, has no loss, no
             gradient and no cost.
         ce_weight, kl_weight: (N,) of any sign; None for 1 and for 0.
@@ -360,7 +362,8 @@ def linear_ce_kl(hidden, head, targets, ce_weight=None, ref_hidden=None, kl_weig
         ref_head: (V, D) head of the reference if it is not that of the student.
 
     Differentiates with respect to hidden, and to head if it requires a gradient, once. All else is
-    constant. Computes in the wider dtype of hidden and head with sums in fp32; on a CPU in fp32.
+    constant. Computes in the wider dtype of hidden and head with sums in fp32; on a CPU in fp32;
+    with a frozen head of fp16, for GPUs that have nothing better, in that, and not by the kernel.
     Raises ValueError if shapes or dtypes do not fit, or if a kl_weight that is not 0 comes without
     ref_hidden or ref_hidden without kl_weight."""
     N, D = hidden.shape
@@ -371,14 +374,17 @@ def linear_ce_kl(hidden, head, targets, ce_weight=None, ref_hidden=None, kl_weig
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} is {tuple(t.shape)}, hidden {N, D} needs {tuple(shape)}")
     dtypes = hidden.dtype, head.dtype
-    if set(dtypes) - {torch.bfloat16, torch.float32} or targets.is_floating_point():
-        raise ValueError(f"hidden and head are {dtypes}, targets {targets.dtype}; needs bfloat16 "
-                         "or float32, and integers")
+    known = {torch.bfloat16, torch.float16, torch.float32}
+    if set(dtypes) - known or targets.is_floating_point():
+        raise ValueError(f"hidden and head are {dtypes}, targets {targets.dtype}; needs bfloat16, "
+                         "float16 or float32, and integers")
     has_kl = kl_weight is not None and (ref_hidden is not None or (kl_weight != 0).any())
     if has_kl != (ref_hidden is not None):
         raise ValueError("ref_hidden and kl_weight need each other")
-    use_kernel = triton is not None and (hidden.is_cuda or INTERPRET)
+    on_gpu, half = hidden.is_cuda or INTERPRET, head.dtype == torch.float16
+    use_kernel = triton is not None and on_gpu and not half
     dtype = torch.promote_types(*dtypes) if use_kernel else torch.float32
+    dtype = torch.float16 if on_gpu and half and not head.requires_grad else dtype
     zeros = hidden.new_zeros(N, dtype=torch.float32)
     ce_weight = zeros + 1 if ce_weight is None else ce_weight.detach().float()
     kl_weight = zeros if kl_weight is None else kl_weight.detach().float()

@@ -68,11 +68,11 @@ def silu(dtype, size=3072):
     fused.silu_mul([new(2, 2 * size, dtype=dtype).requires_grad_()]).sum().backward()
 
 
-def attention(dtype, n=64, group=2, Hkv=8, d=128):
+def attention(dtype, n=64, group=2, Hkv=8, d=128, block=64):
     q, table, lengths = new(n, group * Hkv, d, dtype=dtype), new(n, 4, dtype=torch.int32), new(n, dtype=torch.long)
     for kind in (dtype, torch.int8):
-        kv = new(4, 64, Hkv, d, dtype=kind)
-        scale = new(4, 64, Hkv, dtype=torch.float32) if kind == torch.int8 else None
+        kv = new(4, block, Hkv, d, dtype=kind)
+        scale = new(4, block, Hkv, dtype=torch.float32) if kind == torch.int8 else None
         paged_attention.paged_attention(q, kv, kv, table, lengths, scale, scale)
 
 
