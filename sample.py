@@ -285,7 +285,7 @@ class Sampler:
 
     def _decode(self):
         """Sample a window of tokens for all running sequences."""
-        # Few widths, so few graphs and few plans of oneDNN: powers of two, on a CPU multiples of 16.
+        # Few widths, so few graphs and plans of oneDNN: powers of two, on a CPU multiples of 16.
         n = len(self.running)
         n = 1 << (n - 1).bit_length() if self.cuda or n <= 8 else 16 * math.ceil(n / 16)
         n = min(n, self.max_num_seqs)
@@ -319,7 +319,7 @@ class Sampler:
         self._draw(hidden, defer)
 
     def _draw(self, hidden, defer=False):
-        """Sample a token for each of the first n slots, from hidden (n, D). defer: see draw_tokens."""
+        """Sample a token for each of the first n slots, from hidden (n, D)."""
         n = len(hidden)
         logits = self.model.logits(hidden, hidden.dtype).to(self.draw_device)    # (n, V)
         at = self.num_new[:n].clone() if self.with_logprobs else None            # (n,)

@@ -4,6 +4,7 @@ train.py against TRL's SFTTrainer in the same run: the same rows, order, LoRA we
     pip install --no-deps trl accelerate                      # a peer, not a requirement
     python tests/bench_train.py                               # the tiny student on traces of its own
     python tests/bench_train.py --model FOLDER --data ROWS    # any model, rows as guard.py writes them
+    python tests/bench_train.py --shape qwen3-4b --quantize nf4 --kl --recompute     # our steps alone, on random weights
 
 TRL gets the rows as `python -m extras.export trl` writes them. It runs in three settings: a batch padded to its longest row
 without gradient checkpointing (its fastest here), its defaults (with checkpointing), and as the paper's code runs it
@@ -22,12 +23,15 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")                  # nothing is wanted from there
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tools")]
 import torch
 
+from bench_linear_ce_kl import gemm_rate
+from random_model import SHAPES, random_model, write_rows
+
 from data.rows import read_rows
-from thinksafe import add_lora, load_model, resolve_model, save_lora
-from train import encode_rows, make_batches
+from thinksafe import add_lora, balance_packs, load_model, resolve_model, save_lora
+from train import encode_rows, frozen_reference, length, make_batches, make_optimizer, packed_loss
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {                                                  # -> arguments of SFTConfig for a batch
@@ -107,12 +111,68 @@ def compare(name, data, folder, steps, batch, device="cpu", dtype="float32", lr=
     return runs, same
 
 
+def busy_share(step):
+    """Share of the time of step() in which the GPU runs a kernel."""
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        began = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    return sum(event.device_time_total for event in trace.key_averages()) / 1e6 / seconds
+
+
+def alone(args):
+    """Print one JSON line: our steps on a random model of a shape, with the median time of a step, tokens/s, the share of the rate of
+    a large bf16 product that they reach (recomputed passes do not count), how busy the GPU is, and the peak memory."""
+    device, cuda = torch.device(args.device), args.device == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = random_model(args.shape, device, dtype, args.quantize)
+        rows = write_rows(Path(folder) / "rows.jsonl", 4 * args.batch_size, 150 if cuda else 10)
+    add_lora(model, 32, 16.0, args.dropout)
+    model.activation_checkpointing = args.recompute
+    examples, _ = encode_rows(rows, tokenizer, 2**30, kl=args.kl)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer, batches = make_optimizer("adamw", params, 1e-5, 0.0), make_batches(examples, args.batch_size, args.steps, 0)
+    model.train()
+    model.prepack_weights(train=True)
+    reference = frozen_reference(model)
+
+    def step(batch):
+        for pack in balance_packs(batch, length, args.pack_tokens):
+            packed_loss(model, pack, reference).total.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    seconds = []
+    for batch in batches[:args.steps]:
+        began = time.perf_counter()
+        step(batch)                                           # ends with a value that is read back
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    tokens = statistics.median(sum(map(length, batch)) for batch in batches[:args.steps])
+    second = statistics.median(seconds[3:] or seconds)
+    body = sum(m.in_features * m.out_features for m in model.layers.modules() if hasattr(m, "in_features") and not hasattr(m, "lora_A"))
+    # Weights times activations forward, and times gradients backward, but the first layer's; the head's 4VD, with a reference 8VD and one more pass.
+    flop = tokens * (4 * body + 4 * model.head.numel() + args.kl * (body + 2 * model.head.numel()))
+    row = {"shape": args.shape, "lora": "q,v r 32", "quantize": args.quantize, "kl": args.kl, "recompute": args.recompute, "tokens a step": tokens,
+           "pack_tokens": args.pack_tokens, "step_ms": round(1e3 * second, 1), "tokens/s": round(tokens / second),
+           "share of rate": round(flop / second / gemm_rate(dtype, args.device), 3)}
+    if cuda:
+        row |= {"peak GB": round(torch.cuda.max_memory_reserved() / 1e9, 2), "busy": round(busy_share(lambda: step(batches[0])), 3),
+                "device": torch.cuda.get_device_name()}
+    print(json.dumps(row), flush=True)
+    return row
+
+
 def largest_gap(ours, theirs, key):
     """Of all steps, relative."""
     return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(ours, theirs))
 
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="tiny", help="folder or hub name")
     p.add_argument("--data", help="rows with instruction, response, prompt_label (default: 160 traces of the tiny student, made here)")
@@ -121,14 +181,23 @@ def main():
     p.add_argument("--rounds", type=int, default=3, help="runs of each, by turns")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", default="float32", help="of the weights")
-    args = p.parse_args()
+    p.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of TRL")
+    p.add_argument("--shape", choices=SHAPES, help="instead: our own steps on random weights of a named shape, with:")
+    p.add_argument("--quantize", choices=("nf4", "int8"))
+    p.add_argument("--kl", action="store_true")
+    p.add_argument("--recompute", action="store_true", help="activation checkpointing")
+    p.add_argument("--dropout", type=float, default=0.0)
+    p.add_argument("--pack-tokens", type=int, default=16384)
+    args = p.parse_args(argv)
+    if args.shape:
+        return alone(args)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if not args.data:
             script("sample.py", "--model", "tiny", "--limit", 160, "--out", folder)
             script("guard.py", "--out", folder)
         runs, same = compare(resolve_model(args.model).name, args.data or folder / "guarded.jsonl", folder, args.steps, args.batch_size,
-                             args.device, args.dtype, rounds=args.rounds)
+                             args.device, args.dtype, rounds=args.rounds, settings=args.settings)
     ours = runs["train.py"][0]
     print(f"{args.model}, {len(ours)} steps of {args.batch_size} rows, {args.dtype}, {args.device}, torch {torch.__version__}; "
           f"TRL has our ids and masks: {same}; loss {ours[0]['loss']:.4f} -> {ours[-1]['loss']:.4f}")

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_hf_model
 from interpreter import like_a_gpu
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,9 +14,9 @@ import fused
 import merged_linear
 import paged_attention
 import sample_tokens as st
-from fused import PagedWriter, add_norm, norm_rope, quantize_kv, silu_mul
+from fused import PagedWriter, add_norm, norm_rope, silu_mul
 from sample import Sampler
-from thinksafe import Decoder, LoRALinear, add_lora, load_lora, load_model, lora_disabled, lora_layers, lora_tensors, packed_attention
+from thinksafe import LoRALinear, add_lora, load_lora, load_model, lora_disabled, lora_tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -224,7 +223,7 @@ def test_dropout_of_merged_layers(kernels):
     layers, x, weights = Layers(torch.float32, False, 0.5, True), randn(7, 48), randn(7, 96, seed=1)
     out, d_x, *grads = outputs_and_gradients(layers, x, weights)
     A = layers.layers[0].lora_A
-    for i, (row, column) in enumerate(((0, 0), (3, 7))):            # a difference quotient of the loss with the same draws
+    for row, column in ((0, 0), (3, 7)):                            # a difference quotient of the loss with the same draws
         losses = []
         for step in (1e-2, -1e-2):
             with torch.no_grad():

@@ -68,7 +68,8 @@ def silu(dtype, size=3072):
     fused.silu_mul([new(2, 2 * size, dtype=dtype).requires_grad_()]).sum().backward()
 
 
-def attention(dtype, n=64, group=2, Hkv=8, d=128, block=64):
+def attention(dtype, n=64, group=2, Hkv=8, d=128):
+    block = 64 if dtype == torch.bfloat16 else 32                   # kv_cache.default_block_size
     q, table, lengths = new(n, group * Hkv, d, dtype=dtype), new(n, 4, dtype=torch.int32), new(n, dtype=torch.long)
     for kind in (dtype, torch.int8):
         kv = new(4, block, Hkv, d, dtype=kind)
@@ -83,6 +84,8 @@ def draws(dtype, V=151936, K=20):
 
 
 def loss(dtype, D=1024, modes=("grad", "loss", "dlogits"), heads=("none", "own", "same")):
+    if dtype == torch.float16:
+        return                                                      # goes without the kernel
     N, V = 256, 1024
     h, head, other, targets = new(N, D, dtype=dtype), new(V, D, dtype=dtype), new(V, D, dtype=dtype), new(N, dtype=torch.long)
     for mode in modes:
@@ -91,9 +94,10 @@ def loss(dtype, D=1024, modes=("grad", "loss", "dlogits"), heads=("none", "own",
 
 
 JOBS = {"norm": norm, "rope": rope, "rope_llama": functools.partial(rope, H=32, d=64, weights=False), "silu": silu, "attention": attention, "draws": draws,
-        "loss": loss, "greedy": functools.partial(draws, K=1), "attention_4b": functools.partial(attention, group=4),
+        "loss": loss, "loss_fp32": lambda dtype: loss(torch.float32, modes=("grad",)), "greedy": functools.partial(draws, K=1), "attention_4b": functools.partial(attention, group=4),
         "attention_qwen25": functools.partial(attention, group=7, Hkv=2), "attention_llama": functools.partial(attention, group=4, d=64),
-        "loss_4b": functools.partial(loss, D=2560, heads=("none", "same")), "norm_4b": functools.partial(norm, D=2560)}
+        "loss_4b": functools.partial(loss, D=2560, heads=("none", "same")), "norm_4b": functools.partial(norm, D=2560),
+        "loss_small": functools.partial(loss, modes=("grad",), heads=("none", "same"))}
 
 
 @contextlib.contextmanager
