@@ -31,7 +31,7 @@ from thinksafe import (
     split_packs)
 
 from kv_cache import ContiguousKVCache, PagedKVCache, default_block_size
-from sample_tokens import NOT_FINITE, NOT_FOUND, Slots, draw_tokens, sample_tokens, uniforms
+from sample_tokens import NOT_FINITE, NOT_FOUND, Slots, draw_tokens, uniforms
 
 class Completion(NamedTuple):
     index: int                       # of the prompt
@@ -182,8 +182,7 @@ class Sampler:
         prompts = [seq.prompt for seq in self.waiting]
         tokens, cu = pack_ids(split_packs(prompts[::-1], len, self.prefill_tokens)[0], device)
         hidden = self.model(tokens, cu)
-        logits = self.model.logits(hidden[:1].expand(self.max_num_seqs, -1))
-        sample_tokens(logits, logits.new_zeros(len(logits), dtype=torch.float64), *self.options)
+        logits = self.model.logits(hidden[:1].expand(self.max_num_seqs, -1))     # in fp32
         needed = torch.cuda.max_memory_allocated(device) - before
         del tokens, cu, hidden, logits
         torch.cuda.empty_cache()

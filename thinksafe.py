@@ -43,8 +43,8 @@ TINY = ROOT / "tiny"
 sys.path.append(str(ROOT / "kernels"))     # flat modules: the hub has a package named `kernels` too
 
 from cpu_linear import Linear, linear, prepack_linear_layers, trainable_product
-from fused import add_norm, norm_rope, silu_mul, use_kernels
-from merged_linear import linear_layers, merge_linear_layers
+from fused import add_norm, norm_rope, silu_mul
+from merged_linear import merge_linear_layers, parallel_layers
 from quantized_linear import QuantizedLinear
 
 # --------------------------------------------------------------------------------------------------
@@ -218,6 +218,8 @@ def rope_frequencies(config):
     return (1 - smooth) * inv_freq / rope["factor"] + smooth * inv_freq
 
 class Attention(nn.Module):
+    parallel, merged = ("q_proj", "k_proj", "v_proj"), None     # see merged_linear.py
+
     def __init__(self, c, make_linear, qk_norm):
         super().__init__()
         q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -227,26 +229,26 @@ class Attention(nn.Module):
         self.o_proj = make_linear("self_attn.o_proj", q_size, c.hidden_size)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if qk_norm else None
-        self.sizes, self.eps, self.merged = (q_size, kv_size, kv_size), c.rms_norm_eps, None
+        self.sizes, self.eps = (q_size, kv_size, kv_size), c.rms_norm_eps
 
     def forward(self, x, cos, sin, layer, attend, store):
         """x (T, D) -> (T, D). For the others see Decoder.forward."""
         norms = [norm and norm.weight for norm in (self.q_norm, self.k_norm)]
-        qkv = linear_layers(x, (self.q_proj, self.k_proj, self.v_proj), self.merged)
+        qkv = parallel_layers(self, x)
         q, k, v = norm_rope(qkv, self.sizes, norms, self.eps, cos, sin, layer, store)
         return self.o_proj(attend(layer, q, k, v).flatten(1))
 
 class MLP(nn.Module):
+    parallel, merged = ("gate_proj", "up_proj"), None
+
     def __init__(self, c, make_linear):
         super().__init__()
         self.gate_proj = make_linear("mlp.gate_proj", c.hidden_size, c.intermediate_size)
         self.up_proj = make_linear("mlp.up_proj", c.hidden_size, c.intermediate_size)
         self.down_proj = make_linear("mlp.down_proj", c.intermediate_size, c.hidden_size)
-        self.merged = None
 
     def forward(self, x):
-        return self.down_proj(silu_mul(
-            linear_layers(x, (self.gate_proj, self.up_proj), self.merged)))
+        return self.down_proj(silu_mul(parallel_layers(self, x)))
 
 class Block(nn.Module):
     def __init__(self, c, make_linear, qk_norm):
@@ -350,8 +352,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base, r, alpha, dropout):
         super().__init__()
         self.base_layer, self.scale, self.dropout = base, alpha / r, nn.Dropout(dropout)
-        n_in, self.out_features = base.in_features, base.out_features
-        n_out = self.out_features
+        n_in, n_out = base.in_features, base.out_features
         self.small = base.weight.dtype == torch.float32 and n_in * n_out < 4 * r * (n_in + n_out)
         options = {"dtype": torch.float32, "device": base.weight.device}
         self.lora_A = nn.Parameter(torch.empty(r, n_in, **options))
@@ -364,8 +365,6 @@ class LoRALinear(nn.Module):
         if self.small and self.enabled and prepacked and not self.dropout.p:
             weight = base.weight + self.scale * self.lora_B @ self.lora_A
             return trainable_product(x, weight, base.bias)
-        if isinstance(base, Linear) and use_kernels(x, base.weight):
-            return linear_layers(x, [self], merged=base)[0]
         out = base(x)
         if self.enabled:
             low_rank = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (T, r)

@@ -198,6 +198,17 @@ def load_checkpoint(path, trainable, optimizer, fingerprint):
     except Exception as e:                           # whatever torch raises for a damaged file
         raise InputError(f"{path}: damaged ({type(e).__name__}); delete it to start again")
 
+def save_checkpoint(path, trainable, optimizer, fingerprint, metrics):
+    """Write OUT/checkpoint.pt. Raises InputError if the disk is full."""
+    state = {"fingerprint": fingerprint, "metrics": metrics, "optimizer": optimizer.state_dict(),
+             "params": {name: p.detach() for name, p in trainable.items()}}
+    try:
+        with atomic_path(path) as beside:
+            torch.save(state, beside)
+    except RuntimeError as e:                        # what torch raises for a full disk
+        raise InputError(f"{path}: cannot be written ({e}); make room and run the same command "
+                         "again")
+
 def resume(args, trainable, optimizer, fingerprint):
     """Go on from OUT/checkpoint.pt, if it and OUT/metrics.jsonl are there -> metrics so far. Rank 0
     decides, and gives the other ranks its first weights."""
@@ -229,17 +240,6 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
     if not rank:
         write_rows(args.out / "metrics.jsonl", metrics)
         writer = RowWriter(args.out / "metrics.jsonl")
-
-    def save():
-        state = {"fingerprint": fingerprint, "metrics": metrics,
-                 "params": {name: p.detach() for name, p in trainable.items()},
-                 "optimizer": optimizer.state_dict()}
-        try:
-            with atomic_path(args.out / "checkpoint.pt") as beside:
-                torch.save(state, beside)
-        except RuntimeError as e:                    # what torch raises for a full disk
-            raise InputError(f"{args.out}/checkpoint.pt: cannot be written ({e}); make room and "
-                             "run the same command again")
 
     def backward(batch, step):
         """Run forward and backward passes -> sums (4,) of the Losses, {name: extra scalar}."""
@@ -306,7 +306,8 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
                 writer.write(metrics[-1])
                 advance(tokens=n_tokens, note=f"loss {total:.3f}")
                 if (step + 1) % args.save_every == 0 or step + 1 == len(batches):
-                    save()
+                    save_checkpoint(args.out / "checkpoint.pt", trainable, optimizer, fingerprint,
+                                    metrics)
     return metrics
 
 # --------------------------------------------------------------------------------------------------

@@ -233,9 +233,9 @@ class Stage:
 
     def finish(self, summary, where, next_command, **counts):
         """Record counts and end the stage: print the summary, the output and one JSON line."""
-        counts["peak_gb"] = peak_gb(self.entry["arguments"]["device"])
-        self.save(finished=True, **counts)
+        self.save(finished=True, peak_gb=peak_gb(self.entry["arguments"]["device"]), **counts)
         self.lock.release()
         print(escape_control_chars(f"{summary}\n  -> {where}\nnext: {next_command}"))
-        line = {"stage": self.name, "seconds": self.entry["seconds"], **counts}
+        line = {"stage": self.name, "seconds": self.entry["seconds"],
+                "peak_gb": self.entry["peak_gb"], **counts}
         print(json.dumps(line), flush=True)

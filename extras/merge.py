@@ -97,6 +97,7 @@ def merge(name, out, runs, folders):
     files = {out / file: joined_rows(folders, out / file, *how)
              for file, how in FILES[name].items()}
     entry = {**added(entries), "started": min(entry["started"] for entry in entries)}
+    entry["peak_gb"] = max(entry.get("peak_gb", 0) for entry in entries)
     for key in ("arguments", "fingerprint"):
         entry[key] = dict(entries[0][key])
         if "shard" in entry[key]:

@@ -70,18 +70,15 @@ def _pack(weight, transposed, old):
 
 @functools.cache                            # it says so once
 def has_product(dtype):
-    """Tell whether oneDNN has these products in that dtype on this CPU; bf16 needs AVX-512, and a
-    Mac's torch has none."""
-    try:
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            print("bfloat16 is slow on this CPU, which has no AVX-512: --dtype float32 is faster",
-                  file=sys.stderr)
-            return False
-        x = torch.zeros(2, 2, dtype=dtype)
-        _product(x, torch.ops.mkldnn._reorder_linear_weight(x, 2))
-        return dtype in (torch.float32, torch.bfloat16)
-    except (AttributeError, RuntimeError):
-        return False
+    """Tell whether oneDNN has these products in that dtype here; bf16 needs AVX-512."""
+    mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
+    if not hasattr(mkldnn, "_linear_pointwise") or dtype != torch.bfloat16:     # a Mac has none
+        return hasattr(mkldnn, "_linear_pointwise") and dtype == torch.float32
+    if mkldnn._is_mkldnn_bf16_supported():
+        return True
+    print("bfloat16 is slow on this CPU, which has no AVX-512: --dtype float32 is faster",
+          file=sys.stderr)
+    return False
 
 def prepack_linear_layers(model, train=False):
     """Pack the frozen Linear layers of a model on a CPU, with train also for the backward pass, and

@@ -28,7 +28,7 @@ frozen head needs. No logit and no log-softmax is stored. Why this is safe and e
   gradient are exactly zero. alpha is guessed from the target's two logits; a row for which
   S_ref / S and the KL say otherwise is computed again.
 * The forward pass keeps the gradient to h of each token; the backward pass scales it. For a trained
-  head the backward pass recomputes the logits with the known log S: dW = dz^T h, summed in fp32.
+  head it also makes dW = dz^T h of the same e, summed in fp32: dz is a multiple of d and e_ref.
 * No atomics, no clamping, int64 offsets: nan and inf reach the loss and the gradient of their row.
 
 Prior art: mgmalek/efficient_cross_entropy (gradient in the forward pass), Liger-Kernel (chunks),
@@ -83,18 +83,16 @@ if triton is not None:
     def _head_kernel(
         hidden_ptr, ref_hidden_ptr, head_ptr, ref_head_ptr, target_ptr, shift_ptr, out_ptr,
         stat_ptr, target_logit_ptr, N, V, head_stride, ref_head_stride, out_stride,
-        D: tl.constexpr, REF: tl.constexpr, REF_HEAD: tl.constexpr, MODE: tl.constexpr,
+        D: tl.constexpr, REF: tl.constexpr, REF_HEAD: tl.constexpr, GRAD: tl.constexpr,
         BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
     ):
         """One tile (BN, BV) of the logits of the student and, with REF, of the reference.
 
         hidden, ref_hidden (N, D); head, ref_head (V, D), REF_HEAD: they differ; target (N,) int32.
-        MODE "loss": from shift (3, N) = c, c_ref, alpha to the target's logit (N,) and stat (3 or
-            7, tiles, N): sums of e and of the rounded d, maxima of x; with REF also sums of e_ref
-            and of the rounded e_ref, maxima of x_ref, sums of e_ref (x_ref - x).
-        MODE "grad": also to out (N or 2N, V), d and with REF e_ref below it.
-        MODE "dlogits": from shift (6, N) = c, c_ref, log S, log S_ref, ce_weight, kl_weight to
-            out (N, V), the gradient to the logits."""
+        From shift (3, N) = c, c_ref, alpha to the target's logit (N,) and stat (3 or 7, tiles, N):
+        sums of e and of the rounded d, maxima of x; with REF also sums of e_ref and of the rounded
+        e_ref, maxima of x_ref, sums of e_ref (x_ref - x). With GRAD also to out (N or 2N, V): d,
+        and with REF e_ref below it."""
         row_blocks = tl.cdiv(N, BN)             # neighbours share a tile of the head in the cache
         tile = tl.program_id(0) // row_blocks
         rows = (tl.program_id(0) % row_blocks) * BN + tl.arange(0, BN)
@@ -129,49 +127,40 @@ if triton is not None:
         out_ptrs = out_ptr + row[:, None] * out_stride + cols[None, :]
         in_rows = rows < N
         in_out = in_rows[:, None] & (cols[None, :] < V)
-        if MODE == "dlogits":
-            p = tl.exp(x - tl.load(shift_ptr + 2 * N + row)[:, None])
-            ce_weight = tl.load(shift_ptr + 4 * N + row)[:, None]
-            dlogits = ce_weight * (p - tl.where(is_target, 1.0, 0.0))
+        here = (target >= tile * BV) & (target < (tile + 1) * BV)
+        if tl.max(here.to(tl.int32), 0) > 0:                    # few tiles hold a target
+            target_logit = tl.sum(tl.where(is_target, z, 0.0), 1)
+            tl.store(target_logit_ptr + rows, target_logit, mask=here & in_rows)
+        slot = tl.num_programs(0).to(tl.int64) // row_blocks * N
+        sum_ptrs = stat_ptr + tile.to(tl.int64) * N + rows
+        rounded_sum_ptrs = sum_ptrs + slot
+        max_ptrs = sum_ptrs + 2 * slot
+        tl.store(max_ptrs, tl.max(x, 1), mask=in_rows)
+        e = tl.exp(x)
+        tl.store(sum_ptrs, tl.sum(e, 1), mask=in_rows)
+        if REF:
+            ref_sum_ptrs = sum_ptrs + 3 * slot
+            ref_rounded_sum_ptrs = sum_ptrs + 4 * slot
+            ref_max_ptrs = sum_ptrs + 5 * slot
+            cross_sum_ptrs = sum_ptrs + 6 * slot
+            tl.store(ref_max_ptrs, tl.max(x_ref, 1), mask=in_rows)
+            e_ref = tl.exp(x_ref)
+            tl.store(ref_sum_ptrs, tl.sum(e_ref, 1), mask=in_rows)
+            tl.store(cross_sum_ptrs, tl.sum(e_ref * (x_ref - x), 1), mask=in_rows)
+            e -= tl.load(shift_ptr + 2 * N + row)[:, None] * e_ref
+        if GRAD:
+            e = e.to(out_ptr.dtype.element_ty)
+            tl.store(out_ptrs, e, mask=in_out)
+            tl.store(rounded_sum_ptrs, tl.sum(e.to(tl.float32), 1), mask=in_rows)
             if REF:
-                p_ref = tl.exp(x_ref - tl.load(shift_ptr + 3 * N + row)[:, None])
-                dlogits += tl.load(shift_ptr + 5 * N + row)[:, None] * (p - p_ref)
-            tl.store(out_ptrs, dlogits.to(out_ptr.dtype.element_ty), mask=in_out)
-        else:
-            here = (target >= tile * BV) & (target < (tile + 1) * BV)
-            if tl.max(here.to(tl.int32), 0) > 0:                # few tiles hold a target
-                target_logit = tl.sum(tl.where(is_target, z, 0.0), 1)
-                tl.store(target_logit_ptr + rows, target_logit, mask=here & in_rows)
-            slot = tl.num_programs(0).to(tl.int64) // row_blocks * N
-            sum_ptrs = stat_ptr + tile.to(tl.int64) * N + rows
-            rounded_sum_ptrs = sum_ptrs + slot
-            max_ptrs = sum_ptrs + 2 * slot
-            tl.store(max_ptrs, tl.max(x, 1), mask=in_rows)
-            e = tl.exp(x)
-            tl.store(sum_ptrs, tl.sum(e, 1), mask=in_rows)
-            if REF:
-                ref_sum_ptrs = sum_ptrs + 3 * slot
-                ref_rounded_sum_ptrs = sum_ptrs + 4 * slot
-                ref_max_ptrs = sum_ptrs + 5 * slot
-                cross_sum_ptrs = sum_ptrs + 6 * slot
-                tl.store(ref_max_ptrs, tl.max(x_ref, 1), mask=in_rows)
-                e_ref = tl.exp(x_ref)
-                tl.store(ref_sum_ptrs, tl.sum(e_ref, 1), mask=in_rows)
-                tl.store(cross_sum_ptrs, tl.sum(e_ref * (x_ref - x), 1), mask=in_rows)
-                e -= tl.load(shift_ptr + 2 * N + row)[:, None] * e_ref
-            if MODE == "grad":
-                e = e.to(out_ptr.dtype.element_ty)
-                tl.store(out_ptrs, e, mask=in_out)
-                tl.store(rounded_sum_ptrs, tl.sum(e.to(tl.float32), 1), mask=in_rows)
-                if REF:
-                    e_ref = e_ref.to(out_ptr.dtype.element_ty)
-                    ref_out_ptrs = out_ptr + (row + N)[:, None] * out_stride + cols[None, :]
-                    tl.store(ref_out_ptrs, e_ref, mask=in_out)
-                    tl.store(ref_rounded_sum_ptrs, tl.sum(e_ref.to(tl.float32), 1), mask=in_rows)
+                e_ref = e_ref.to(out_ptr.dtype.element_ty)
+                ref_out_ptrs = out_ptr + (row + N)[:, None] * out_stride + cols[None, :]
+                tl.store(ref_out_ptrs, e_ref, mask=in_out)
+                tl.store(ref_rounded_sum_ptrs, tl.sum(e_ref.to(tl.float32), 1), mask=in_rows)
 
-def _launch(mode, head, ref_head, hidden, targets, ref_hidden, shift):
-    """Run the kernel, see there, without a reference if ref_hidden is None -> out (meaningless for
-    mode "loss"), stat, and the target's logit (N,), which is nan for a target that is no column."""
+def _launch(want_grad, head, ref_head, hidden, targets, ref_hidden, shift):
+    """Run the kernel, see there, without a reference if ref_hidden is None -> out (meaningless
+    without want_grad), stat, and the target's logit (N,), nan for a target that is no column."""
     N, V, device, ref = len(hidden), len(head), hidden.device, ref_hidden is not None
     ref_has_own_head = ref and ref_head.data_ptr() != head.data_ptr()
     if hidden.dtype == torch.float32:                           # on CUDA cores, not in TF32
@@ -183,16 +172,16 @@ def _launch(mode, head, ref_head, hidden, targets, ref_hidden, shift):
         BN, BV = 64 if ref_has_own_head else 128, 128 if ref else 256
         BD, num_warps, num_stages = 64, 8, 3
     out = target_logit = torch.full((N,), float("nan"), device=device)
-    if mode != "loss":                                          # rows aligned for the next GEMM
-        out_rows = 2 * N if ref and mode == "grad" else N
-        out = hidden.new_empty(out_rows, -(-V // 64) * 64)[:, :V]
+    if want_grad:                                               # rows aligned for the next GEMM
+        out = hidden.new_empty(2 * N if ref else N, -(-V // 64) * 64)[:, :V]
     tiles = triton.cdiv(V, BV)
     stat = torch.empty(7 if ref else 3, tiles, N, device=device)
     with torch.cuda.device_of(hidden):                          # Triton launches on the current one
         _head_kernel[(triton.cdiv(N, BN) * tiles,)](
             hidden, ref_hidden if ref else hidden, head, ref_head, targets.int(), shift, out, stat,
             target_logit, N, V, head.stride(0), ref_head.stride(0), out.stride(0),
-            D=hidden.shape[1], REF=ref, REF_HEAD=ref_has_own_head, MODE=mode, BN=BN, BV=BV, BD=BD,
+            D=hidden.shape[1], REF=ref, REF_HEAD=ref_has_own_head, GRAD=want_grad, BN=BN,
+            BV=BV, BD=BD,
             num_warps=num_warps, num_stages=num_stages)
     return out, stat, target_logit
 
@@ -202,10 +191,11 @@ def mm(a, b):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
-def _kernel_batch(head, ref_head, batch, shift, want_grad):
+def _kernel_batch(head, ref_head, batch, shift, last, want_grad, d_head):
     """By the kernel: a batch of n tokens, see _batches, with shift (3, n) or None to guess it ->
-    the loss (n,), its gradient to hidden (n, D) in fp32 or None, norm (4, n) = c, c_ref, log S,
-    log S_ref, and which tokens (n,) to compute again with which shift (3, n)."""
+    the loss (n,), its gradient to hidden (n, D) in fp32 or None, and which tokens (n,) to compute
+    again with which shift (3, n), none in the last attempt. The gradient to the head is added to
+    d_head, if not None."""
     hidden, targets, ce_weight, ref_hidden, kl_weight = batch
     head_target = head[targets]                         # (n, D)
     if shift is None:           # in fp32: rounded products would put a shift between c and c_ref
@@ -213,8 +203,8 @@ def _kernel_batch(head, ref_head, batch, shift, want_grad):
         c_ref = c if ref_hidden is None else (ref_hidden.float() * ref_head[targets]).sum(1)
         shift = torch.stack((c, c_ref, ((c - c_ref).abs() <= 4).float()))
     c, c_ref, alpha = shift
-    mode = "grad" if want_grad else "loss"
-    out, stat, target_logit = _launch(mode, head, ref_head, hidden, targets, ref_hidden, shift)
+    out, stat, target_logit = _launch(
+        want_grad, head, ref_head, hidden, targets, ref_hidden, shift)
     S, R, _, *ref_sums = stat.sum(1)                    # each (n,)
     S_ref, kl = S, torch.zeros_like(S)
     if ref_hidden is not None:
@@ -224,22 +214,43 @@ def _kernel_batch(head, ref_head, batch, shift, want_grad):
     largest = stat[2::3].amax(1)                        # (1 or 2, n), of x and of x_ref
     far_off = (largest.isfinite() & (largest.abs() > MARGIN)).any(0)
     wrong_alpha = torch.where(alpha > 0, S_ref > FAR * S, (S_ref < FAR * S) & (kl < NEAR))
-    again = far_off | want_grad & wrong_alpha
+    again = (far_off | want_grad & wrong_alpha) & (not last)
     grad = None
     if want_grad:
-        grad = mm(out, head)                            # D, and E below it
-        if ref_hidden is None:
-            grad *= (ce_weight / R)[:, None]
-        else:
-            grad, E = grad.split(len(hidden))
+        weights = [(ce_weight / R)[:, None]]            # of d and e_ref in the gradient to z
+        if ref_hidden is not None:
             R_s = R + alpha * R_ref
-            grad *= ((ce_weight + kl_weight) / R_s)[:, None]
-            grad.addcmul_(E, ((ce_weight * alpha - kl_weight * R / R_ref) / R_s)[:, None])
+            weights = [((ce_weight + kl_weight) / R_s)[:, None],
+                       ((ce_weight * alpha - kl_weight * R / R_ref) / R_s)[:, None]]
+        grad, *E = mm(out, head).split(len(hidden))     # D, and E below it
+        grad *= weights[0]
+        if E:
+            grad.addcmul_(*E, weights[1])
         grad.addcmul_(head_target, ce_weight[:, None], value=-1)
-    norm = torch.stack((c, c_ref, S.log(), S_ref.log()))
+    if d_head is not None:              # dz^T h, but the target's part of dz, a difference, in fp32
+        dz, *e_ref = out.split(len(hidden))
+        at, h = (torch.arange(len(hidden), device=dz.device), targets), hidden
+        if e_ref:
+            of_target = (weights[0] * dz[at][:, None] + weights[1] * e_ref[0][at][:, None])[:, 0]
+            dz.mul_(weights[0]).addcmul_(*e_ref, weights[1])
+        else:
+            of_target = weights[0][:, 0] * (R / S) * (target_logit - c).exp()
+            h = (h * weights[0]).to(dz.dtype)
+        dz[at] = 0
+        dz[again] = 0                                   # computed again; waits for the GPU
+        add_mm(d_head, dz.T, h.masked_fill(again[:, None], 0))
+        of_target = (of_target - ce_weight).masked_fill(again, 0)
+        d_head.index_put_((targets,), of_target[:, None] * hidden.float(), accumulate=True)
     alpha = (alpha - wrong_alpha.float()).abs()
     shift = torch.stack((c + largest[0], c_ref + largest[-1], alpha))
-    return loss, grad, norm, again, shift
+    return loss, grad, again, shift
+
+def add_mm(total, a, b):
+    """Add the matrix product a @ b to total, in fp32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
 
 # Autograd and the entry point. `inputs` are hidden (N, D), targets (N,), ce_weight (N,), ref_hidden
 # (N, D) or None and kl_weight (N,). Both heads are (V, D), of one dtype.
@@ -277,38 +288,27 @@ def _plain(head, ref_head, inputs, want_hidden, want_head):
             d_head.addmm_(dlogits.T, batch[0])
     return loss, d_hidden, d_head
 
-def _kernel(head, ref_head, inputs, want_hidden):
-    """By the kernel: the loss (N,), the gradient to hidden if wanted, and norm (4, N)."""
+def _kernel(head, ref_head, inputs, want_hidden, want_head):
+    """By the kernel: the loss (N,) and, where wanted, gradients to hidden and, in fp32, head."""
     hidden = inputs[0]
     loss = hidden.new_zeros(len(hidden), dtype=torch.float32)
-    norm, shift = loss.repeat(4, 1), loss.repeat(3, 1)
+    shift = loss.repeat(3, 1)
     d_hidden = torch.zeros_like(hidden) if want_hidden else None
+    d_head = torch.zeros_like(head, dtype=torch.float32) if want_head else None
     todo = True
     for attempt in range(3):            # with a guess, then with c corrected, then with alpha
         again = torch.zeros_like(loss, dtype=torch.bool)
         for i, batch in _batches(True, head, inputs, todo):
             known_shift = shift[:, i].contiguous() if attempt else None
-            loss[i], grad, norm[:, i], again[i], shift[:, i] = _kernel_batch(
-                head, ref_head, batch, known_shift, want_hidden)
+            loss[i], grad, again[i], shift[:, i] = _kernel_batch(
+                head, ref_head, batch, known_shift, attempt == 2, want_hidden or want_head,
+                d_head)
             if want_hidden:
                 d_hidden[i] = grad.to(hidden.dtype)
         todo = again
         if not todo.any():              # waits for the GPU
             break
-    return loss, d_hidden, norm
-
-def _kernel_d_head(head, ref_head, inputs, norm):
-    """By the kernel: the gradient to head (V, D) in fp32."""
-    d_head = torch.zeros_like(head, dtype=torch.float32)
-    for i, batch in _batches(True, head, inputs):
-        h, targets, ce_weight, r, kl_weight = batch
-        shift = torch.cat((norm[:, i], ce_weight[None], kl_weight[None]))
-        dlogits = _launch("dlogits", head, ref_head, h, targets, r, shift)[0]
-        if dlogits.is_cuda and dlogits.dtype != torch.float32:
-            torch.addmm(d_head, dlogits.T, h, out_dtype=torch.float32, out=d_head)
-        else:
-            d_head.addmm_(dlogits.T.float(), h.float())
-    return d_head
+    return loss, d_hidden, d_head
 
 class _LinearCEKL(torch.autograd.Function):
     @staticmethod
@@ -316,12 +316,10 @@ class _LinearCEKL(torch.autograd.Function):
         _, want_head, _, want_hidden, *_ = ctx.needs_input_grad
         ctx.use_kernel = use_kernel
         with torch.autocast(head.device.type, enabled=False):
-            if use_kernel:
-                loss, d_hidden, for_head = _kernel(head, ref_head, inputs, want_hidden)
-            else:
-                loss, d_hidden, for_head = _plain(head, ref_head, inputs, want_hidden, want_head)
-        saved = (for_head, head, ref_head, *inputs) if want_head else ()
-        ctx.save_for_backward(d_hidden, *saved)         # for_head: norm, or d_head of _plain
+            compute = _kernel if use_kernel else _plain
+            loss, d_hidden, d_head = compute(head, ref_head, inputs, want_hidden, want_head)
+        saved = (d_head, head, ref_head, *inputs) if want_head else ()
+        ctx.save_for_backward(d_hidden, *saved)
         return loss
 
     @staticmethod
@@ -332,15 +330,14 @@ class _LinearCEKL(torch.autograd.Function):
         if d_hidden is not None:                        # out=: multiplied in fp32, then rounded
             d_hidden = torch.mul(d_hidden, upstream[:, None], out=torch.empty_like(d_hidden))
         if saved:
-            for_head, head, ref_head, hidden, targets, ce_weight, ref_hidden, kl_weight = saved
-            inputs = hidden, targets, ce_weight * upstream, ref_hidden, kl_weight * upstream
-            with torch.autocast(upstream.device.type, enabled=False):
-                if ctx.use_kernel:
-                    d_head = _kernel_d_head(head, ref_head, inputs, norm=for_head)
-                elif (upstream == upstream[:1]).all():  # a mean or a sum: no need to repeat
-                    d_head = for_head * upstream[:1].sum()
-                else:
-                    d_head = _plain(head, ref_head, inputs, False, True)[2]
+            d_head, head, ref_head, hidden, targets, ce_weight, ref_hidden, kl_weight = saved
+            if (upstream == upstream[:1]).all():        # a mean or a sum: no need to repeat
+                d_head = d_head * upstream[:1].sum()
+            else:
+                inputs = hidden, targets, ce_weight * upstream, ref_hidden, kl_weight * upstream
+                with torch.autocast(upstream.device.type, enabled=False):
+                    compute = _kernel if ctx.use_kernel else _plain
+                    d_head = compute(head, ref_head, inputs, False, True)[2]
         return None, d_head, None, d_hidden, None, None, None, None
 
 def _in_rows(head, dtype):

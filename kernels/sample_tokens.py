@@ -39,17 +39,6 @@ def _invert_cdf(p, u):
     end, step = cdf.gather(-1, index)[:, 0], (p / p.sum(-1, keepdim=True)).gather(-1, index)[:, 0]
     return index[:, 0], (1 - (end - u) / step).clamp(0, 1 - 2**-53)
 
-def _topk(x, k):
-    """torch.topk of x (n, V), faster: the k best lie in the k blocks of 64 with the best maxima."""
-    n, V = x.shape
-    if V % 64 or V < 64 * 4 * k:
-        return x.topk(k)
-    blocks = x.view(n, -1, 64)
-    best_blocks = blocks.amax(-1).topk(k).indices                               # (n, k)
-    candidates = blocks.gather(1, best_blocks[..., None].expand(-1, -1, 64))    # (n, k, 64)
-    best, i = candidates.flatten(1).topk(k)
-    return best, 64 * best_blocks.gather(1, i // 64) + i % 64
-
 def sample_tokens(logits, u, temperature, top_p, top_k, max_candidates=1024):
     """Draw one token per row: (n,) int64.
 
@@ -76,7 +65,7 @@ def sample_tokens(logits, u, temperature, top_p, top_k, max_candidates=1024):
         in_block = p[torch.arange(len(p), device=p.device), block].double()
         token = 256 * block + _invert_cdf(in_block, rest)[0]
         return token.where(mass.sum(-1).isfinite(), NOT_FINITE)
-    best, ids = _topk(logits, min(top_k or max_candidates, V))                  # (n, k), falling
+    best, ids = logits.topk(min(top_k or max_candidates, V))                    # (n, k), falling
     p = ((best - best[:, :1]) / temperature).exp().double()
     total = p.sum(-1)
     if top_k == 0:

@@ -296,7 +296,7 @@ def test_out_of_memory_switches_activation_checkpointing_on(tmp_path, monkeypatc
 
     monkeypatch.setattr(train, "packed_loss", lambda *args, **options: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     done = call("train.py", *flags, "--out", tmp_path / "c")
-    assert done.returncode == 2 and "use fewer --slots or --pack-tokens" in done.stderr
+    assert done.returncode == 2 and "use fewer --pack-tokens, --quantize nf4" in done.stderr
 
 
 def test_perplexity_by_hand(model_and_examples):
