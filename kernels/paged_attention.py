@@ -125,10 +125,9 @@ def cut(n, kv_heads, processors):
 
 def _kernel(q, k, v, block_table, context_lens, k_scale, v_scale):
     (n, heads, d), (_, block_size, kv_heads, _) = q.shape, k.shape
-    G, DP, processors, num_warps = heads // kv_heads, triton.next_power_of_2(d), 4, 4
+    G, DP, processors = heads // kv_heads, triton.next_power_of_2(d), 4
     if q.is_cuda:
-        card = torch.cuda.get_device_properties(q.device)
-        processors, num_warps = card.multi_processor_count, 4
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     chunks, min_blocks = cut(n, kv_heads, processors)
     part = q.new_empty(n, kv_heads, chunks, G, d, dtype=torch.float32)
     lse = q.new_empty(n, kv_heads, chunks, G, dtype=torch.float32)
@@ -137,8 +136,8 @@ def _kernel(q, k, v, block_table, context_lens, k_scale, v_scale):
         _chunk_kernel[n, kv_heads, chunks](
             q.contiguous(), k, v, k_scale, v_scale, block_table, context_lens, part, lse,
             math.log2(math.e) / math.sqrt(d), block_table.stride(0), min_blocks, kv_heads, G,
-            max(16, triton.next_power_of_2(G)), d, DP, block_size, num_warps=num_warps,
-            num_stages=3)
+            max(16, triton.next_power_of_2(G)), d, DP, block_size, num_warps=4,
+            num_stages=3 if k_scale is None else 5)     # 5: two blocks in flight, half the bytes
         _join_kernel[n * kv_heads, G](part, lse, out, chunks, G, d, DP, num_warps=1)
     return out
 

@@ -4,7 +4,10 @@ Check kernels/linear_ce_kl.py against fp64, and time it against what is installe
     python tests/bench_linear_ce_kl.py                  # Qwen3's vocabulary on a GPU, a smaller one on a CPU
 
 Without a GPU the kernel runs in Triton's interpreter and only the CPU path is timed. The last line is JSON; the exit code
-is 1 if an error is out of its bound: twice that of eager code in fp32, half of it in bf16.
+is 1 if an error is out of its bound: half of that of eager code in bf16, twice of it in fp32, or what rounding in fp32 must
+leave there. A logit z is a sum of D products whose partial sums grow to z and are each rounded by up to 2^-24 of themselves:
+about 2^-24 |z| sqrt(D / 3) in all, in whatever order a library adds. The gradient of a KL is made of differences of logits of
+about sqrt(2 KL), and so has that error divided by this.
 """
 import argparse
 import atexit
@@ -36,7 +39,7 @@ from interpreter import like_a_gpu
 import linear_ce_kl as ck
 from linear_ce_kl import linear_ce_kl, mm
 
-PEERS = 120             # seconds, after which the bench on a GPU leaves out what is not ours
+PEERS = 45              # seconds, after which the bench on a GPU leaves out what is not ours
 
 
 def eager_loss(hidden, head, targets, ce_weight, ref_hidden=None, kl_weight=None):
@@ -117,9 +120,12 @@ def check(device, N, V, D):
         if device == "cpu":
             row["CPU path"] = errors(gradient(linear_ce_kl, h, *args), truth)
         row["eager"] = errors(gradient(eager_loss, h, *args), truth)
-        bound = 2 if dtype == torch.float32 else 0.5
+        bound, least = (2, 2**-24 * (D / 3)**0.5) if dtype == torch.float32 else (0.5, 0)
+        if distance:
+            target_logit = (wide[0][y] * h.double()).sum(1).abs().mean().item()
+            least *= target_logit / (2 * truth[0].mean().item())**0.5
         for name in row.keys() & {"kernel", "CPU path"}:
-            good &= all(a <= bound * b for a, b in zip(row[name], row["eager"]))
+            good &= all(a <= max(bound * b, least) for a, b in zip(row[name], row["eager"]))
         if distance and dtype == torch.bfloat16:        # had g = softmax(h_ref W^T) W been cached instead of h_ref
             z = h.float() @ head.float().T
             e = (z - z.gather(1, y[:, None])).exp().bfloat16()
