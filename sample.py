@@ -27,10 +27,11 @@ from data.run_record import Stage
 from data.sources import VERSIONS, add_shard_flag, label_counts, owns, prompt_rows
 from thinksafe import (
     REFUSAL_INSTRUCTIONS, TINY, InputError, add_refusal_instruction, choose_dtype, cli, is_harmful,
-    is_tiny, load_model, make_parser, pack_ids, packed_attention, positive, progress, seed_value,
+    is_tiny, load_model, make_parser, pack_ids, positive, progress, seed_value,
     split_packs)
 
 from kv_cache import ContiguousKVCache, PagedKVCache, default_block_size
+from packed_attention import packed_attention
 from sample_tokens import NOT_FINITE, NOT_FOUND, Slots, draw_tokens, uniforms
 
 class Completion(NamedTuple):

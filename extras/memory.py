@@ -7,8 +7,8 @@ What train.py would do, without training: run it with train.py's flags.
 It shows the configuration, a plan of the memory, and one example. The plan has the weights,
 gradients and optimizer, the loss, and the activations, kept for the backward pass or recomputed
 there. Nothing is written. It is an estimate in two places: gradients inside of a layer count as
-half of what the layer kept (a fifth to a half was seen), and on a GPU the allocator leaves gaps, for
-which a sixth is added to all that comes and goes (a tenth was seen, twice).
+half of what the layer kept (a fifth to a half was seen), and on a GPU the allocator leaves gaps:
+a sixth is added to all that comes and goes (a tenth was seen, twice).
 """
 import functools
 import math

@@ -2,7 +2,7 @@
 
     x, h = add_norm(x, delta, weight, eps)                      # residual sum and its RMSNorm
     q, k, v = norm_rope(qkv, sizes, weights, eps, cos, sin)     # RMSNorm of q and k, rotary
-    h = silu_mul(gate_up, size)
+    h = silu_mul(gate_up)
 
 A GPU takes longer to start such a step, and to move its numbers, than to compute it. The kernels
 compute in fp32 and round once, and have gradients to all but the norms' weights. The `_plain_...`

@@ -83,7 +83,7 @@ def draws(dtype, V=151936, K=20):
     sample_tokens.draw_tokens(new(n, V, dtype=dtype), slots, new(2, dtype=torch.long), 0.6, 0.95, K)
 
 
-def loss(dtype, D=1024, modes=("grad", "loss", "dlogits"), heads=("none", "own", "same")):
+def loss(dtype, D=1024, modes=(True, False), heads=("none", "own", "same")):
     if dtype == torch.float16:
         return                                                      # goes without the kernel
     N, V = 256, 1024
@@ -94,10 +94,10 @@ def loss(dtype, D=1024, modes=("grad", "loss", "dlogits"), heads=("none", "own",
 
 
 JOBS = {"norm": norm, "rope": rope, "rope_llama": functools.partial(rope, H=32, d=64, weights=False), "silu": silu, "attention": attention, "draws": draws,
-        "loss": loss, "loss_fp32": lambda dtype: loss(torch.float32, modes=("grad",)), "greedy": functools.partial(draws, K=1), "attention_4b": functools.partial(attention, group=4),
+        "loss": loss, "loss_fp32": lambda dtype: loss(torch.float32, modes=(True,)), "greedy": functools.partial(draws, K=1), "attention_4b": functools.partial(attention, group=4),
         "attention_qwen25": functools.partial(attention, group=7, Hkv=2), "attention_llama": functools.partial(attention, group=4, d=64),
         "loss_4b": functools.partial(loss, D=2560, heads=("none", "same")), "norm_4b": functools.partial(norm, D=2560),
-        "loss_small": functools.partial(loss, modes=("grad",), heads=("none", "same"))}
+        "loss_small": functools.partial(loss, modes=(True,), heads=("none", "same"))}
 
 
 @contextlib.contextmanager
