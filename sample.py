@@ -27,8 +27,7 @@ from data.run_record import Stage
 from data.sources import VERSIONS, add_shard_flag, label_counts, owns, prompt_rows
 from thinksafe import (
     REFUSAL_INSTRUCTIONS, TINY, InputError, add_refusal_instruction, choose_dtype, cli, is_harmful,
-    is_tiny, load_model, make_parser, pack_ids, positive, progress, seed_value,
-    split_packs)
+    is_tiny, load_model, make_parser, pack_ids, positive, progress, seed_value)
 
 from kv_cache import ContiguousKVCache, PagedKVCache, default_block_size
 from packed_attention import packed_attention
@@ -180,8 +179,9 @@ class Sampler:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        prompts = [seq.prompt for seq in self.waiting]
-        tokens, cu = pack_ids(split_packs(prompts[::-1], len, self.prefill_tokens)[0], device)
+        # A sequence may come again with all of its tokens, and a later call with longer prompts.
+        n = min(self.prefill_tokens, self.max_num_seqs * self.max_context_len)
+        tokens, cu = pack_ids([[0] * n], device)
         hidden = self.model(tokens, cu)
         logits = self.model.logits(hidden[:1].expand(self.max_num_seqs, -1))     # in fp32
         needed = torch.cuda.max_memory_allocated(device) - before
@@ -299,9 +299,10 @@ class Sampler:
                 self.graphs[key].replay()
             else:
                 self._step(n, defer=True)                      # a real step, and the warm-up
-                self.graphs[key] = graph = torch.cuda.CUDAGraph()
+                graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self.graph_pool):
                     self._step(n, defer=True)
+                self.graphs[key] = graph
                 self.graph_pool = self.graph_pool or graph.pool()
         if self.cuda and (self.last_draw[:len(self.running)] == NOT_FOUND).any():      # seldom
             self._step(n)                                      # one more than the window

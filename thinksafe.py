@@ -129,9 +129,10 @@ def split_packs(items, length, budget):
     return packs
 
 def balance_packs(items, length, budget):
-    """Split items into as few groups as split_packs does, or a few more, but of about equal length.
-    One group keeps the order of the items."""
-    n, budget = len(split_packs(items, length, budget)), max(budget, *map(length, items), 0)
+    """Split items into few groups of about equal length, at most budget, in any order. An item
+    longer than the budget is a group of its own. One group keeps the order of the items."""
+    budget = max([budget, *map(length, items)])
+    n = math.ceil(sum(map(length, items)) / budget)
     while n > 1:
         packs = [[] for _ in range(n)]
         for item in sorted(items, key=length, reverse=True):

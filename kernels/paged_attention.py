@@ -131,13 +131,14 @@ def _kernel(q, k, v, block_table, context_lens, k_scale, v_scale):
     chunks, min_blocks = cut(n, kv_heads, processors)
     part = q.new_empty(n, kv_heads, chunks, G, d, dtype=torch.float32)
     lse = q.new_empty(n, kv_heads, chunks, G, dtype=torch.float32)
-    out = torch.empty_like(q)
+    out, options = torch.empty_like(q), {"num_stages": 3}
+    if k_scale is not None:             # two blocks in flight, as each has half the bytes
+        options = {"num_stages": 5, "maxnreg": 128 if q.dtype == torch.bfloat16 else None}
     with torch.cuda.device_of(q):                       # Triton launches on the current device
         _chunk_kernel[n, kv_heads, chunks](
             q.contiguous(), k, v, k_scale, v_scale, block_table, context_lens, part, lse,
             math.log2(math.e) / math.sqrt(d), block_table.stride(0), min_blocks, kv_heads, G,
-            max(16, triton.next_power_of_2(G)), d, DP, block_size, num_warps=4,
-            num_stages=3 if k_scale is None else 5)     # 5: two blocks in flight, half the bytes
+            max(16, triton.next_power_of_2(G)), d, DP, block_size, num_warps=4, **options)
         _join_kernel[n * kv_heads, G](part, lse, out, chunks, G, d, DP, num_warps=1)
     return out
 

@@ -144,7 +144,7 @@ def _kernel(logits, slots, eos, temperature, top_p, K):
     _best_kernel[n, chunks](logits, best, ids, logits.stride(0), V, K, CHUNK)
     _draw_kernel[n,](
         best, ids, *slots, eos, slots.tokens.stride(0), slots.u.stride(0), chunks * K, len(eos),
-        temperature, top_p, NOT_FINITE, K, pad(K), pad(chunks * K), pad(len(eos)))
+        temperature, top_p, NOT_FINITE, K, pad(K), pad(chunks * K), pad(max(len(eos), 1)))
 
 def draw_tokens(logits, slots, eos, temperature, top_p, top_k, defer=False):
     """Draw a token for each of n Slots and note it there. An eos ends the sequence.

@@ -7,7 +7,7 @@
 #     SECONDS_IN_ALL=600 bash runs/gpu.sh     # more time
 #     WHEELS=FOLDER bash runs/gpu.sh          # installs peers (trl, liger-kernel, datasets and what they need) from wheels there
 #
-# PART: tests attention loss steps sample train train_kl train_nf4 train_full trl 4b 4b_nf4 sample_4b tiny
+# PART: tests attention loss steps sample train train_kl train_nf4 train_full trl 4b 4b_nf4 sample_4b tiny peers
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-out/gpu}
@@ -42,13 +42,14 @@ part 120 tests python -m pytest -q -n 6 -m gpu tests
 part 40 attention python tests/bench_paged_attention.py
 part 90 loss python tests/bench_linear_ce_kl.py
 part 40 steps python tests/bench_sample.py --shape qwen3-0.6b --widths 1 16 64 256
-part 90 sample python tests/bench_sample.py --shape qwen3-0.6b --batch 256 --rounds 2 --peer-requests 16
+part 80 sample python tests/bench_sample.py --shape qwen3-0.6b --batch 256 --rounds 2 --no-peer
 train train --shape qwen3-0.6b
 train train_kl --shape qwen3-0.6b --kl
 train 4b --shape qwen3-4b --recompute
 train 4b_nf4 --shape qwen3-4b --recompute --quantize nf4 --kl
 part 60 tiny bash -c "python sample.py --model tiny --out $out/tiny && python guard.py --out $out/tiny && python train.py --out $out/tiny && python eval.py --out $out/tiny"
 part 60 sample_4b python tests/bench_sample.py --shape qwen3-4b --batch 128 --requests 128 --rounds 1 --no-peer
+part 80 peers python tests/bench_sample.py --shape qwen3-0.6b --requests 32 --batch 32 --rounds 1
 part 20 weights python tests/tools/random_model.py qwen3-0.6b "$out/model"
 part 90 trl python tests/bench_train.py --model "$out/model" --data "$out/model/rows.jsonl" --steps 8 --rounds 2 --dtype bfloat16 --settings "padded batch"
 part 40 train_full python train.py --full --model "$out/model" --data "$out/model/rows.jsonl" --limit 64 --epochs 1 --batch-size 16 --out "$out/full"

@@ -74,6 +74,7 @@ def floor_seconds(model, prompts, lengths, bits=16):
     return (max(lengths) * weights + cache) / bandwidth(model.device)
 
 
+@torch.inference_mode()
 def step_times(model, tokenizer, widths, context=600, kv_bits=16):
     """Print the median time of one decoding step of so many sequences on a GPU, its floor, and how many kernels it has."""
     c, rate = model.config, bandwidth(model.device)
@@ -153,7 +154,6 @@ def main(argv=None):
     p.add_argument("--batch", type=int, nargs="+", help="batch sizes to try (default: all requests, and a quarter)")
     p.add_argument("--rounds", type=int, default=2, help="runs of each, by turns")
     p.add_argument("--no-peer", action="store_true", help="ours alone")
-    p.add_argument("--peer-requests", type=int, help="only so many requests for transformers, which takes long")
     p.add_argument("--widths", type=int, nargs="+", help="instead: the time of one decoding step of so many sequences on a GPU")
     p.add_argument("--profile", metavar="FILE", help="also write a chrome trace of our decoding")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -189,6 +189,8 @@ def main(argv=None):
     print(f"{args.shape or args.model} on {torch.cuda.get_device_name() if cuda else 'a CPU'}, {model.head.dtype}: {n} requests, "
           f"{sum(map(len, prompts)):,} tokens in, {useful:,} out; floor {useful / floor:,.0f} tokens/s", flush=True)
 
+    same, kl = effect_of_8_bits(model, tokenizer, prompts[:8])
+    print(f"8-bit cache: same most likely token in {same:.2%} of steps, KL {kl:.1e} nats", flush=True)
     samplers = {}
 
     def ours(batch, bits=16, again=False):
@@ -204,17 +206,15 @@ def main(argv=None):
         methods["ours, 8-bit cache, new sampler", n], methods["ours, 8-bit cache", n] = (ours, (n, 8)), (ours, (n, 8, True))
     if peer:
         static = functools.partial(generate_padded, cache_implementation="static")
-        k = args.peer_requests or n
         for b in batches:
-            methods["transformers", min(b, k)] = generate_padded, (peer, prompts[:k], lengths[:k], b)
-            methods["transformers, static cache", min(b, k)] = static, (peer, prompts[:k], lengths[:k], b)
+            methods["transformers", b] = generate_padded, (peer, prompts, lengths, b)
+            methods["transformers, static cache", b] = static, (peer, prompts, lengths, b)
     for turn in range(args.rounds):
         for key, (method, arguments) in methods.items():
             if turn and rows[key]["tokens/s"][0] is None:
                 continue
-            tokens = useful if key[0].startswith("ours") else sum(lengths[:k])
             try:
-                speed = tokens / timed(functools.partial(method, *arguments), device)
+                speed = useful / timed(functools.partial(method, *arguments), device)
             except Exception as error:                     # a peer that does not fit is a result too
                 if key[0].startswith("ours"):
                     raise
@@ -230,8 +230,6 @@ def main(argv=None):
         speeds = sorted(s for s in row["tokens/s"] if s)
         if speeds:
             best[name] = max(best.get(name, 0), speeds[len(speeds) // 2])
-    same, kl = effect_of_8_bits(model, tokenizer, prompts[:8])
-    print(f"8-bit cache: same most likely token in {same:.2%} of steps, KL {kl:.1e} nats")
     if args.profile:
         from torch.profiler import profile
         with profile() as trace:

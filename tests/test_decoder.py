@@ -46,7 +46,7 @@ def test_gpu_agrees_with_the_cpu(folders, family):
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
         model, _ = load_model(folders(family)[1], device, dtype)
         weight = model.layers[0].self_attn.k_proj.weight.requires_grad_()
-        logits = model.logits(model(tokens.to(device), cu.to(device)))
+        logits = model.logits(model(tokens.to(device), cu))
         logits.square().mean().backward()
         results.append((logits.detach().cpu(), weight.grad.float().cpu()))
     for got, bound in zip(results[1:], (1e-4, 5e-2)):

@@ -327,6 +327,14 @@ def test_draws_by_the_kernels(kernels, monkeypatch, dtype, V, options):
     assert (mine.max_new[:3] == mine.num_new[:3]).all()
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+def test_draws_of_a_model_without_eos(kernels, monkeypatch, kernel):
+    monkeypatch.setattr(st, "INTERPRET", kernel)
+    mine = slots(2)
+    st.draw_tokens(randn(2, 50), mine, torch.tensor([], dtype=torch.long, device=DEVICE), 0.6, 0.95, 3)
+    assert (mine.last_draw >= 0).all() and (mine.max_new == 4).all()
+
+
 @pytest.mark.parametrize("value, said", [(float("nan"), st.NOT_FINITE), (float("inf"), st.NOT_FINITE), (float("-inf"), 3)])
 def test_draws_of_logits_that_are_not_finite(kernels, value, said):
     logits, mine = torch.full((2, 5000), -1e4, device=DEVICE), slots(2)

@@ -162,7 +162,7 @@ def test_gpu_agrees_with_the_cpu(kind, dtype):
         add_lora(model, 4, 8, 0.0, ("q_proj", "down_proj"))
         for p in lora_tensors(model).values():
             p.copy_(torch.linspace(-0.1, 0.1, p.numel()).view_as(p))
-        logits = model.logits(model(DOCS[0].to(device), DOCS[1].to(device)))
+        logits = model.logits(model(DOCS[0].to(device), DOCS[1]))
         grads = torch.autograd.grad(logits.square().mean(), [p for p in model.parameters() if p.requires_grad])
         results.append([x.float().cpu() for x in (logits, *grads)])
     for got, want in zip(*results):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import thinksafe
 import train
 from data.chat import encode_prompt
-from thinksafe import InputError, add_lora, load_model, lora_disabled, lora_tensors, split_packs
+from thinksafe import InputError, add_lora, balance_packs, load_model, lora_disabled, lora_tensors, split_packs
 from extras.perplexity import perplexity
 from train import (
     TINY_CONFIG, encode_rows, frozen_reference, learning_rate, load_checkpoint,
@@ -97,6 +97,32 @@ def test_batches_cover_every_row_once_per_epoch():
     assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1]
     again, other = (make_batches(list(range(10)), 4, 3, seed) for seed in (1, 2))
     assert steps == again != other
+
+
+def test_a_checkpoint_of_another_kind_of_step_is_taken(tmp_path, model_and_examples):
+    """AdamW is one fused step on a GPU, and was not before: neither is damage, and the optimizer stays as it is here."""
+    from train import load_checkpoint, make_optimizer, save_checkpoint
+    p = {"a": torch.nn.Parameter(torch.ones(3))}
+    p["a"].grad = torch.ones(3)
+    row = {"step": 1, "loss": 1.0, "ce": 1.0, "kl": 0.0, "reverse_kl": 0.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 3, "targets": 3, "tokens_per_second": 9}
+    for kinds in ((True, None), (None, True)):
+        saved, mine = (torch.optim.AdamW(p.values(), lr=0.1, betas=(0.9, 0.999), weight_decay=0.0, fused=kind) for kind in kinds)
+        saved.step()
+        save_checkpoint(tmp_path / "checkpoint.pt", p, saved, {}, [row])
+        (tmp_path / "metrics.jsonl").write_text("")
+        assert load_checkpoint(tmp_path / "checkpoint.pt", p, mine, {}) == [row]
+        assert mine.param_groups[0]["fused"] == kinds[1] and mine.state[p["a"]]["exp_avg"].norm() > 0
+    assert make_optimizer("adamw", p.values(), 0.1, 0.0).param_groups[0]["fused"] is None
+
+
+def test_balanced_packs():
+    rows = [5, 5, 5, 30, 1, 9]
+    packs = balance_packs(rows, int, 30)
+    assert sorted(sum(packs, [])) == sorted(rows) and [sum(pack) for pack in packs] == [30, 25]
+    assert balance_packs(rows, int, 100) == [rows] and balance_packs([], int, 10) == []         # one pass keeps the order
+    assert sorted(map(sum, balance_packs([1045] * 16, int, 16384))) == [8 * 1045] * 2           # not 15 rows and 1
+    assert balance_packs([7, 6, 6, 5], int, 12) == [[7, 5], [6, 6]]
+    assert sorted(sum(pack) for pack in balance_packs([99, 1, 1, 1], int, 10)) == [3, 99]        # longer than a pass: alone
 
 
 def test_split_packs():

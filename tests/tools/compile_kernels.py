@@ -145,7 +145,7 @@ def main():
                 for kernel_name, kernel in compiled:
                     if id(kernel) not in seen:
                         seen.add(id(kernel))
-                        print(json.dumps({"arch": arch, "job": name, "dtype": dtype, "kernel": kernel_name, "shared": kernel.metadata.shared,
+                        print(json.dumps({"triton": triton.__version__, "arch": arch, "job": name, "dtype": dtype, "kernel": kernel_name, "shared": kernel.metadata.shared,
                                           "limit": CARDS[arch][0], "warps": kernel.metadata.num_warps, **usage(kernel)}), flush=True)
 
 
