@@ -136,14 +136,16 @@ def packed_loss(model, examples, reference=None, ref_head=None, mixed=False):
         ce_weight * -log p(target)  +  kl_weight * KL(reference || p)
 
     reference: f(the examples whose kl_weight, one number, is not 0; they have no ce_weight) ->
-    hidden states (M, D) of the frozen student at their targets. ref_head: its head, if trained."""
+    hidden states (M, D) of the frozen student at their targets, or what linear_ce_kl takes instead.
+    ref_head: its head, if trained."""
     hidden, targets = target_hidden_states(model, examples, mixed)               # (N, D), (N,)
     ce_weight = target_weights(examples, "ce_weight", hidden.device)
     kl_weight = target_weights(examples, "kl_weight", hidden.device)
     ref_hidden, rows = None, kl_weight != 0
     if asked := [example for example in examples if example.get("kl_weight")]:
-        ref_hidden = torch.zeros_like(hidden)
-        ref_hidden[rows] = reference(asked).to(hidden)
+        of_asked = reference(asked).to(hidden)
+        ref_hidden = hidden.new_zeros(len(hidden), of_asked.shape[1])
+        ref_hidden[rows] = of_asked
     head = model.head.to(hidden.dtype) if mixed else model.head
     loss = linear_ce_kl(hidden, head, targets, ce_weight, ref_hidden,
                         kl_weight if asked else None, ref_head if asked else None)    # (N,)

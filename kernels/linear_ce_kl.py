@@ -25,8 +25,9 @@ frozen head needs. No logit and no log-softmax is stored. Why this is safe and e
       g(h) = (D + alpha E) / R_s             g(h) - g(h_ref) = (D - (R_d / R_ref) E) / R_s
   The rounding error is now relative to the difference of the distributions. A shift of all logits,
   which the KL does not see, cancels. A student equal to the reference has d = 0: its loss and
-  gradient are exactly zero. alpha is guessed from the target's two logits; a row for which
-  S_ref / S and the KL say otherwise is computed again.
+  gradient are exactly zero. E / R_ref belongs to the reference alone: who keeps it beside h_ref, in
+  bf16, spares 2VD and the stores of e_ref, 6VD are left. alpha is guessed from the target's two
+  logits; a row for which S_ref / S and the KL say otherwise is computed again.
 * The forward pass keeps the gradient to h of each token; the backward pass scales it. For a trained
   head it also makes dW = dz^T h of the same e, summed in fp32: dz is a multiple of d and e_ref.
 * No atomics, no clamping, int64 offsets: nan and inf reach the loss and the gradient of their row.
@@ -66,7 +67,7 @@ def _plain_dlogits(head, ref_head, hidden, targets, ce_weight, ref_hidden, kl_we
         loss = ce_weight * (total.log() - x_target)
         dlogits *= (ce_weight / total)[:, None]
     else:
-        x_ref = mm(ref_hidden, ref_head.T)
+        x_ref = mm(_split_reference(hidden, ref_hidden)[0], ref_head.T)
         x_ref -= x_ref.amax(1, keepdim=True)
         e_ref = x_ref.exp()
         x_ref -= x
@@ -84,7 +85,7 @@ if triton is not None:
         hidden_ptr, ref_hidden_ptr, head_ptr, ref_head_ptr, target_ptr, shift_ptr, out_ptr,
         stat_ptr, target_logit_ptr, N, V, head_stride, ref_head_stride, out_stride,
         D: tl.constexpr, REF: tl.constexpr, REF_HEAD: tl.constexpr, GRAD: tl.constexpr,
-        BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+        REF_OUT: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
     ):
         """One tile (BN, BV) of the logits of the student and, with REF, of the reference.
 
@@ -92,7 +93,7 @@ if triton is not None:
         From shift (3, N) = c, c_ref, alpha to the target's logit (N,) and stat (3 or 7, tiles, N):
         sums of e and of the rounded d, maxima of x; with REF also sums of e_ref and of the rounded
         e_ref, maxima of x_ref, sums of e_ref (x_ref - x). With GRAD also to out (N or 2N, V): d,
-        and with REF e_ref below it."""
+        and with REF_OUT e_ref below it."""
         row_blocks = tl.cdiv(N, BN)             # neighbours share a tile of the head in the cache
         tile = tl.program_id(0) // row_blocks
         rows = (tl.program_id(0) % row_blocks) * BN + tl.arange(0, BN)
@@ -152,15 +153,16 @@ if triton is not None:
             e = e.to(out_ptr.dtype.element_ty)
             tl.store(out_ptrs, e, mask=in_out)
             tl.store(rounded_sum_ptrs, tl.sum(e.to(tl.float32), 1), mask=in_rows)
-            if REF:
+            if REF_OUT:
                 e_ref = e_ref.to(out_ptr.dtype.element_ty)
                 ref_out_ptrs = out_ptr + (row + N)[:, None] * out_stride + cols[None, :]
                 tl.store(ref_out_ptrs, e_ref, mask=in_out)
                 tl.store(ref_rounded_sum_ptrs, tl.sum(e_ref.to(tl.float32), 1), mask=in_rows)
 
-def _launch(want_grad, head, ref_head, hidden, targets, ref_hidden, shift):
+def _launch(want_grad, head, ref_head, hidden, targets, ref_hidden, shift, ref_out=True):
     """Run the kernel, see there, without a reference if ref_hidden is None -> out (meaningless
-    without want_grad), stat, and the target's logit (N,), nan for a target that is no column."""
+    without want_grad, without e_ref unless ref_out), stat, and the target's logit (N,), which is
+    nan for a target that is no column."""
     N, V, device, ref = len(hidden), len(head), hidden.device, ref_hidden is not None
     ref_has_own_head = ref and ref_head.data_ptr() != head.data_ptr()
     if hidden.dtype == torch.float32:                           # on CUDA cores, not in TF32
@@ -173,15 +175,15 @@ def _launch(want_grad, head, ref_head, hidden, targets, ref_hidden, shift):
         BD, num_warps, num_stages = 64, 8, 3
     out = target_logit = torch.full((N,), float("nan"), device=device)
     if want_grad:                                               # rows aligned for the next GEMM
-        out = hidden.new_empty(2 * N if ref else N, -(-V // 64) * 64)[:, :V]
+        out = hidden.new_empty(2 * N if ref and ref_out else N, -(-V // 64) * 64)[:, :V]
     tiles = triton.cdiv(V, BV)
     stat = torch.empty(7 if ref else 3, tiles, N, device=device)
     with torch.cuda.device_of(hidden):                          # Triton launches on the current one
         _head_kernel[(triton.cdiv(N, BN) * tiles,)](
             hidden, ref_hidden if ref else hidden, head, ref_head, targets.int(), shift, out, stat,
             target_logit, N, V, head.stride(0), ref_head.stride(0), out.stride(0),
-            D=hidden.shape[1], REF=ref, REF_HEAD=ref_has_own_head, GRAD=want_grad, BN=BN,
-            BV=BV, BD=BD,
+            D=hidden.shape[1], REF=ref, REF_HEAD=ref_has_own_head, GRAD=want_grad,
+            REF_OUT=ref and ref_out, BN=BN, BV=BV, BD=BD,
             num_warps=num_warps, num_stages=num_stages)
     return out, stat, target_logit
 
@@ -191,12 +193,20 @@ def mm(a, b):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
+def _split_reference(hidden, ref_hidden):
+    """[ref_hidden] or, if it has twice the width of hidden, [ref_hidden, E / R_ref]."""
+    if ref_hidden is None:
+        return [None]
+    return [part.contiguous() for part in ref_hidden.split(hidden.shape[1], 1)]
+
 def _kernel_batch(head, ref_head, batch, shift, last, want_grad, d_head):
     """By the kernel: a batch of n tokens, see _batches, with shift (3, n) or None to guess it ->
     the loss (n,), its gradient to hidden (n, D) in fp32 or None, and which tokens (n,) to compute
     again with which shift (3, n), none in the last attempt. The gradient to the head is added to
     d_head, if not None."""
     hidden, targets, ce_weight, ref_hidden, kl_weight = batch
+    ref_hidden, *ref_mean = _split_reference(hidden, ref_hidden)
+    ref_mean = ref_mean if d_head is None else []       # whose gradient needs e_ref
     head_target = head[targets]                         # (n, D)
     if shift is None:           # in fp32: rounded products would put a shift between c and c_ref
         c = (hidden.float() * head_target).sum(1)
@@ -204,7 +214,7 @@ def _kernel_batch(head, ref_head, batch, shift, last, want_grad, d_head):
         shift = torch.stack((c, c_ref, ((c - c_ref).abs() <= 4).float()))
     c, c_ref, alpha = shift
     out, stat, target_logit = _launch(
-        want_grad, head, ref_head, hidden, targets, ref_hidden, shift)
+        want_grad, head, ref_head, hidden, targets, ref_hidden, shift, not ref_mean)
     S, R, _, *ref_sums = stat.sum(1)                    # each (n,)
     S_ref, kl = S, torch.zeros_like(S)
     if ref_hidden is not None:
@@ -219,10 +229,12 @@ def _kernel_batch(head, ref_head, batch, shift, last, want_grad, d_head):
     if want_grad:
         weights = [(ce_weight / R)[:, None]]            # of d and e_ref in the gradient to z
         if ref_hidden is not None:
+            R_ref = S_ref if ref_mean else R_ref
             R_s = R + alpha * R_ref
             weights = [((ce_weight + kl_weight) / R_s)[:, None],
                        ((ce_weight * alpha - kl_weight * R / R_ref) / R_s)[:, None]]
         grad, *E = mm(out, head).split(len(hidden))     # D, and E below it
+        E = [R_ref[:, None] * ref_mean[0].float()] if ref_mean else E
         grad *= weights[0]
         if E:
             grad.addcmul_(*E, weights[1])
@@ -355,7 +367,8 @@ def linear_ce_kl(hidden, head, targets, ce_weight=None, ref_hidden=None, kl_weig
         targets: (N,) integers. A token with target -100, or with both weights 0, has no loss, no
             gradient and no cost.
         ce_weight, kl_weight: (N,) of any sign; None for 1 and for 0.
-        ref_hidden: (N, D) hidden states of the reference, read where kl_weight is not 0.
+        ref_hidden: (N, D) hidden states of the reference, read where kl_weight is not 0. Or (N, 2D)
+            with softmax(h_ref W^T) W beside them, which spares a third of the work on a GPU.
         ref_head: (V, D) head of the reference if it is not that of the student.
 
     Differentiates with respect to hidden, and to head if it requires a gradient, once. All else is
@@ -366,7 +379,8 @@ def linear_ce_kl(hidden, head, targets, ce_weight=None, ref_hidden=None, kl_weig
     N, D = hidden.shape
     for name, t, shape in (
             ("head", head, (len(head), D)), ("targets", targets, (N,)),
-            ("ce_weight", ce_weight, (N,)), ("ref_hidden", ref_hidden, (N, D)),
+            ("ce_weight", ce_weight, (N,)),
+            ("ref_hidden", ref_hidden if ref_hidden is None else ref_hidden[:, :D], (N, D)),
             ("kl_weight", kl_weight, (N,)), ("ref_head", ref_head, head.shape)):
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} is {tuple(t.shape)}, hidden {N, D} needs {tuple(shape)}")

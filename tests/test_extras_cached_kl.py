@@ -131,3 +131,14 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
     assert not (tmp_path / "b" / "model").exists() and call("extras.cached_kl", *flags).returncode == 0
     a, b = (load_file(tmp_path / x / "model" / "adapter_model.safetensors") for x in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_what_the_reference_makes_of_the_head_is_beside_it():
+    """As on a GPU: softmax(h W^T) W behind h, and the loss of a pass takes both."""
+    from extras.cached_kl import with_head_mean
+    head = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        kept = with_head_mean(lambda examples: hidden, head)([])
+    assert not kept.requires_grad and torch.equal(kept[:, :8], hidden)
+    torch.testing.assert_close(kept[:, 8:], (hidden @ head.T).softmax(1) @ head, rtol=1e-4, atol=1e-5)

@@ -354,7 +354,7 @@ def test_buffer_of_e_beyond_2_31_elements(tmp_path, ref):
         want, stat, target_logit = ck._launch(True, head, head, h, y, r if ref else None, shift)
         out = sparse(tmp_path, (4, 70), 3 * 2**28 + 8, torch.float32, device)
         ck._head_kernel[(2,)](h, r, head, head, y.int(), shift, out, stat, target_logit, C, 70, 16, 16, out.stride(0), D=16,
-                              REF=ref, REF_HEAD=False, GRAD=True, BN=64, BV=64, BD=16)
+                              REF=ref, REF_HEAD=False, GRAD=True, REF_OUT=ref, BN=64, BV=64, BD=16)
         torch.testing.assert_close(out.clone(), want.clone(), rtol=1e-5, atol=1e-5)
 
 
@@ -394,6 +394,33 @@ def test_nan_and_inf_are_not_hidden(path, bad, dtype):
             loss, grad, _ = run(linear_ce_kl, *args)
             assert not (loss.isfinite() & grad.isfinite().all(1)).any()
             assert loss.isnan().all() or not math.isnan(bad)                    # -inf is a logit like any other, of probability 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["kl", "kl near", "kl far", "mixed", "same"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_the_reference_makes_of_the_head_can_be_kept(kind, dtype, trained):
+    """As (N, 2D): the same loss, a gradient that is nearly as exact, and exactly 0 where the student is the reference. A trained head does without it."""
+    with on("kernel") as device:
+        h, head, y, w, r, lam = make(160, 611, 70, {"kl near": 0.003, "kl far": 0.5}.get(kind, 0.05), dtype, device)
+        if kind != "mixed":
+            w, lam = torch.zeros_like(w), torch.ones_like(lam)
+        r = h.clone() if kind == "same" else r
+        mean = ((r.double() @ head.double().T).softmax(1) @ head.double()).to(dtype)
+        found = []
+        for ref in (r, torch.cat((r, mean), 1)):
+            h_, head_ = h.detach().requires_grad_(), head.detach().requires_grad_(trained)
+            loss = linear_ce_kl(h_, head_, y, w, ref, lam)
+            loss.sum().backward()
+            found.append((loss.detach(), h_.grad, head_.grad))
+        assert torch.equal(found[0][0], found[1][0]) or kind == "kl far"        # there alpha may be found in another attempt
+        if kind == "same":
+            assert (found[1][1] == 0).all()
+            return
+        truth = run(textbook, h, head, y, w, r, lam, dtype=torch.float64)
+        errors = [((grads[1].double() - truth[1]).norm() / truth[1].norm()).item() for grads in found]
+        assert errors[1] < 2.5 * errors[0] + 1e-6 and errors[1] < 8e-3          # eager code in bf16 has .1 and more
+        assert not trained or torch.equal(found[0][2], found[1][2])
 
 
 def test_errors_for_people():

@@ -83,14 +83,14 @@ def draws(dtype, V=151936, K=20):
     sample_tokens.draw_tokens(new(n, V, dtype=dtype), slots, new(2, dtype=torch.long), 0.6, 0.95, K)
 
 
-def loss(dtype, D=1024, modes=(True, False), heads=("none", "own", "same")):
+def loss(dtype, D=1024, modes=(True, False), heads=("none", "own", "same", "kept")):
     if dtype == torch.float16:
         return                                                      # goes without the kernel
     N, V = 256, 1024
     h, head, other, targets = new(N, D, dtype=dtype), new(V, D, dtype=dtype), new(V, D, dtype=dtype), new(N, dtype=torch.long)
     for mode in modes:
         for kind in heads:
-            linear_ce_kl._launch(mode, head, other if kind == "own" else head, h, targets, None if kind == "none" else h, new(6, N, dtype=torch.float32))
+            linear_ce_kl._launch(mode, head, other if kind == "own" else head, h, targets, None if kind == "none" else h, new(3, N, dtype=torch.float32), kind != "kept")
 
 
 JOBS = {"norm": norm, "rope": rope, "rope_llama": functools.partial(rope, H=32, d=64, weights=False), "silu": silu, "attention": attention, "draws": draws,
