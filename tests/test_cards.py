@@ -45,14 +45,15 @@ def check(rows):
 @pytest.mark.skipif(fused.triton is None, reason="triton is not installed: nothing compiles")
 @pytest.mark.parametrize("arch", CARDS)
 def test_kernels_compile_for_cards_that_are_not_here(arch, request):
-    """Within the shared memory of a card, and with few spilled registers: a sample of the shapes, with -m trust all of them."""
+    """Within the shared memory of a card, and with few spilled registers: a sample of the shapes, with -m trust all of them. The loss's
+    kernel takes longest to compile, and the small ones are alike on neighbours."""
     kernels = {"_norm_kernel", "_rope_kernel", "_silu_kernel", "_chunk_kernel", "_join_kernel", "_best_kernel", "_draw_kernel"}
     if "trust" in request.config.option.markexpr:
         assert kernels < check(compiled(arch))
-    else:
+    elif arch in (75, 90, 120):
         assert check(compiled(arch, "--only", "norm", "rope", "silu", "attention", "draws")) == kernels
-        if arch in (86, 90):
-            assert check(compiled(arch, "--only", "loss_small")) == {"_head_kernel"}
+    else:
+        assert check(compiled(arch, "--only", "attention", *["loss_small"] * (arch == 86))) >= {"_chunk_kernel", "_join_kernel"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def test_blocks_are_smaller_where_registers_are_few(monkeypatch):
 def test_all_stages_in_float16(tmp_path):
     """sample, guard, train and eval on a CPU in the dtype of such a GPU; training learns what it learns in float32."""
     out = tmp_path / "half"
-    assert call("sample.py", "--model", "tiny", "--limit", 12, "--dtype", "float16", "--out", out).returncode == 0
+    assert call("sample.py", "--model", "tiny", "--limit", 8, "--max-new-tokens", 96, "--dtype", "float16", "--out", out).returncode == 0
     assert call("guard.py", "--dtype", "float16", "--out", out).returncode == 0
     losses = []
     for dtype in ("float16", "float32"):
@@ -123,7 +124,8 @@ def test_a_step_that_overflows_is_computed_once_more(tmp_path, monkeypatch):
         model.grad_scale = model.grad_scale * 2.0**20 if len(scales) == 1 else model.grad_scale
         return loss(model, *args, **kw)
     monkeypatch.setattr(train, "packed_loss", watched)
-    flags = "--model", "tiny", "--data", ROOT / "tiny" / "star1.jsonl", "--label", "vanilla_harmful", "--limit", 2, "--epochs", 2, "--max-length", 2000, "--dtype", "float16", "--out", tmp_path
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "Hi", "response": "<think>\nx\n</think>\n\nNo.", "prompt_label": "vanilla_benign"}))
+    flags = "--model", "tiny", "--data", tmp_path / "rows.jsonl", "--epochs", 3, "--dtype", "float16", "--out", tmp_path
     done = call("train.py", *flags)
     assert done.returncode == 0, done.stderr
     assert len(scales) > 2 and scales[-1] < scales[0] * 2.0**20

@@ -275,14 +275,14 @@ def test_a_merged_model_is_saved_and_trained_as_any(folders, kernels, tmp_path):
 def test_sampling_by_the_kernels(folders, kernels, monkeypatch):
     """The same tokens as without them, with refill, preemption, equal prompts, and a cache that serves two calls."""
     model = load_model(folders("qwen3")[1], DEVICE, torch.float32)
-    prompts, options, runs = [[5, 6, 7]] * 2 + [[9] * 15], dict(seed=1, temperature=0.9), []
+    prompts, options, runs = [[5, 6, 7]] * 2 + [[9] * 15], dict(seed=1, temperature=0.9, top_k=3), []
     for by_kernel in (True, False):
         for module in MODULES:
             monkeypatch.setattr(module, "INTERPRET", by_kernel)
         sampler = Sampler(*model, 2, block_size=16, num_blocks=4, window=2)
-        found = [sorted(sampler.generate(prompts, 5, **options))]
+        found = [sorted(sampler.generate(prompts, 4, **options))]
         cache = sampler.cache
-        found.append(sorted(sampler.generate(prompts[1:], 3, logprobs=True, **options)))
+        found.append(sorted(sampler.generate(prompts[1:], 2, logprobs=True, **options)))
         assert sampler.cache is cache
         runs.append(found)
     for one, other in zip(*runs):
@@ -346,14 +346,14 @@ def test_draws_of_logits_that_are_not_finite(kernels, value, said):
 
 
 def test_draws_have_the_distribution(kernels):
-    """The shares of 200 draws, evenly spread, with top_k 3 and top_p .8."""
-    n, logits = 200, torch.tensor([0.0, 2.0, 1.0, 1.9, -3.0], device=DEVICE)
+    """The shares of 80 draws, evenly spread, with top_k 3 and top_p .8."""
+    n, logits = 80, torch.tensor([0.0, 2.0, 1.0, 1.9, -3.0], device=DEVICE)
     u = ((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None].repeat(1, 2)
     state = torch.ones(n).long(), torch.zeros(n).long(), torch.zeros(n).long(), torch.zeros(n, 3).long(), u
     mine = st.Slots(*(x.to(DEVICE) for x in state))
     st.draw_tokens(logits.repeat(n, 1), mine, torch.tensor([9], device=DEVICE), 1.0, 0.8, 3)
     p = torch.tensor([0, math.exp(2.0), 0, math.exp(1.9), 0])       # the third best begins beyond .8
-    torch.testing.assert_close(mine.last_draw.bincount(minlength=5).cpu() / n, p / p.sum(), atol=6e-3, rtol=0)
+    torch.testing.assert_close(mine.last_draw.bincount(minlength=5).cpu() / n, p / p.sum(), atol=0.013, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_launches_of_a_decoding_step(folders, kernels, launches, family, kv_bits
                 step(n, True)
             seen.append(launches.seen)
         sampler._step = counted
-        list(sampler.generate([[5, 6, 7], [8, 9]], 3))
+        list(sampler.generate([[5, 6, 7], [8, 9]], 2, top_k=3))
         counts.append(seen[0])
     two, one = counts
     assert "triton::_rope_kernel" in two and "triton::_draw_kernel" in two
