@@ -1,6 +1,7 @@
 """The kernels of a decoder block, of merged linear layers with LoRA, and of the draws, through Triton's interpreter without a
 GPU: against their definitions in fp64; and how many launches a decoding step has."""
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -405,11 +406,11 @@ def test_launches_of_a_decoding_step(folders, kernels, launches, family, kv_bits
             launches.seen = []
             with launches:
                 step(n, True)
-            seen.append(launches.seen)
+            seen.append([*launches.seen])
         sampler._step = counted
         list(sampler.generate([[5, 6, 7], [8, 9]], 2, top_k=3))
         counts.append(seen[0])
     two, one = counts
     assert "triton::_rope_kernel" in two and "triton::_draw_kernel" in two
-    assert len(two) - len(one) <= 10, sorted(two)
+    assert len(two) - len(one) <= 10, sorted((Counter(two) - Counter(one)).items())
     assert len(one) <= 30, one
