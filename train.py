@@ -256,7 +256,6 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
     def gradients(batch, step):
         """Set the gradients of all ranks, clipped -> sums (4,), extras, and the norm before."""
         while True:
-            optimizer.zero_grad(set_to_none=True)
             try:
                 sums, extra = backward(batch, step)
             except torch.OutOfMemoryError as e:
@@ -282,6 +281,7 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
             if math.isfinite(norm) or model.head.dtype != torch.float16 or model.grad_scale == 1:
                 return sums, extra, norm
             model.grad_scale /= 2                    # float16 overflowed: the step once more
+            optimizer.zero_grad(set_to_none=True)
 
     with progress("train", len(batches), "step", start, silent=rank > 0) as advance:
         for step, batch in enumerate(batches[start:], start):
@@ -300,6 +300,7 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
                                  "before this step was taken. Its rows: "
                                  + ", ".join(str(example["id"]) for example in batch))
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)    # sampling may want the memory
             metrics.append({"step": step + 1, "loss": total, "ce": ce, "kl": kl,
                             "reverse_kl": reverse_kl, "lr": lr, "grad_norm": norm,
                             "tokens": n_tokens, "targets": targets, **extra, **made,

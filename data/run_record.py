@@ -140,7 +140,7 @@ def check_checkpoint(state, trainable, optimizer):
         raise ValueError(f"metrics: {fault or 'not those of steps 1, 2, ...'}")
     parse_json(json.dumps(metrics).encode())         # what is written must be read again
     own = optimizer.state_dict()["param_groups"]
-    for x, group in zip(saved["param_groups"], own):             # one step as by another, on a GPU
+    for x, group in zip(saved["param_groups"], own):     # changes the speed alone
         x |= {"fused": group["fused"]} if "fused" in group else {}
     if [{**group, "lr": 0} for group in own] != [{**x, "lr": 0} for x in saved["param_groups"]]:
         raise ValueError("optimizer: of other parameters, or with other settings")

@@ -72,8 +72,10 @@ def _pack(weight, transposed, old):
 def has_product(dtype):
     """Tell whether oneDNN has these products in that dtype here; bf16 needs AVX-512."""
     mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
-    if not hasattr(mkldnn, "_linear_pointwise") or dtype != torch.bfloat16:     # a Mac has none
-        return hasattr(mkldnn, "_linear_pointwise") and dtype == torch.float32
+    if not hasattr(mkldnn, "_linear_pointwise"):    # such as on a Mac
+        return False
+    if dtype != torch.bfloat16:
+        return dtype == torch.float32
     if mkldnn._is_mkldnn_bf16_supported():
         return True
     print("bfloat16 is slow on this CPU, which has no AVX-512: --dtype float32 is faster",

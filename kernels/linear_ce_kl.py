@@ -368,7 +368,7 @@ def linear_ce_kl(hidden, head, targets, ce_weight=None, ref_hidden=None, kl_weig
             gradient and no cost.
         ce_weight, kl_weight: (N,) of any sign; None for 1 and for 0.
         ref_hidden: (N, D) hidden states of the reference, read where kl_weight is not 0. Or (N, 2D)
-            with softmax(h_ref W^T) W beside them, which spares a third of the work on a GPU.
+            with softmax(h_ref W^T) W beside them, which spares a quarter of the products on a GPU.
         ref_head: (V, D) head of the reference if it is not that of the student.
 
     Differentiates with respect to hidden, and to head if it requires a gradient, once. All else is

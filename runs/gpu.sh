@@ -7,13 +7,14 @@
 #     SECONDS_IN_ALL=600 bash runs/gpu.sh     # more time
 #     WHEELS=FOLDER bash runs/gpu.sh          # installs peers (trl, liger-kernel, datasets and what they need) from wheels there
 #
-# PART: tests attention loss steps sample train train_kl train_nf4 train_full trl 4b 4b_nf4 sample_4b tiny peers
+# PART: tests attention loss steps sample train train_kl 4b 4b_nf4 tiny sample_4b peers weights, and trl train_full, which want weights.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-out/gpu}
 only=${*:2}
 limit=${SECONDS_IN_ALL:-420}
 mkdir -p "$out"
+trap 'rm -rf "$out/model" "$out/full/model" "$out/full/checkpoint.pt"' EXIT      # 10 GB
 export PYTHONUNBUFFERED=1
 
 part() {        # part SECONDS NAME COMMAND...: its output to the screen and to FOLDER/NAME.txt
@@ -53,4 +54,3 @@ part 80 peers python tests/bench_sample.py --shape qwen3-0.6b --requests 32 --ba
 part 20 weights python tests/tools/random_model.py qwen3-0.6b "$out/model"
 part 90 trl python tests/bench_train.py --model "$out/model" --data "$out/model/rows.jsonl" --steps 8 --rounds 2 --dtype bfloat16 --settings "padded batch"
 part 40 train_full python train.py --full --model "$out/model" --data "$out/model/rows.jsonl" --limit 64 --epochs 1 --batch-size 16 --out "$out/full"
-rm -rf "$out/model" "$out/full/model" "$out/full/checkpoint.pt"

@@ -16,9 +16,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent / "kernels"), str(TESTS / "tools")]
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                # read when the kernel is decorated
+
+from replay import replay_ms
 
 from fused import quantize_kv
 from paged_attention import _kernel, _plain, triton
@@ -27,18 +30,11 @@ from paged_attention import _kernel, _plain, triton
 def clock(f):
     """Median seconds of a call, of 5 replays of a CUDA graph of 10 calls: as it is used, without the time of launching."""
     f()
-    graph, times = torch.cuda.CUDAGraph(), []
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(10):
             f()
-    for _ in range(6):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e4)
-    return statistics.median(times[1:])
+    return statistics.median(replay_ms(graph, 6)[1:]) / 1e4
 
 
 def restored(x, scale):

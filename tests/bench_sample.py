@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 import torch
 from random_model import SHAPES, random_model
+from replay import replay_ms
 
 from sample import Sampler
 from thinksafe import choose_dtype, is_tiny, load_model
@@ -77,7 +78,6 @@ def floor_seconds(model, prompts, lengths, bits=16):
 @torch.inference_mode()
 def step_times(model, tokenizer, widths, context=600, kv_bits=16):
     """Print the median time of one decoding step of so many sequences on a GPU, its floor, and how many kernels it has."""
-    c, rate = model.config, bandwidth(model.device)
     for n in widths:
         sampler = Sampler(model, tokenizer, n, kv_bits)
         prompts = [[5 + i % 1000] * (context - 20) for i in range(n)]
@@ -85,24 +85,16 @@ def step_times(model, tokenizer, widths, context=600, kv_bits=16):
         sampler.context_lens[:], sampler.num_new[:], sampler.max_new[:] = context, 0, 0     # every replay is the same step
         sampler.cache.block_table[:] = 1 + torch.arange(sampler.cache.block_table.numel(), device="cuda").view_as(
             sampler.cache.block_table) % sampler.usable_blocks
-        graph, times = next(graph for (width, *_), graph in sampler.graphs.items() if width == n), []
-        for _ in range(30):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
+        graph = next(graph for (width, *_), graph in sampler.graphs.items() if width == n)
+        step = statistics.median(replay_ms(graph, 30))
         from torch.profiler import ProfilerActivity, profile
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
             graph.replay()
             torch.cuda.synchronize()
         kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
-        head_bytes = c.head_dim * (model.head.element_size() if kv_bits == 16 else 1) + 4 * (kv_bits == 8)
-        weights = (sum(p.numel() for p in model.layers.parameters()) + model.head.numel()) * model.head.element_size()
-        floor = 1e3 * (weights + n * context * 2 * c.num_hidden_layers * c.num_key_value_heads * head_bytes) / rate
-        print(json.dumps({"width": n, "context": context, "kv_bits": kv_bits, "step_ms": round(statistics.median(times), 3),
-                          "floor_ms": round(floor, 3), "share": round(floor / statistics.median(times), 3), "kernels": kernels}), flush=True)
+        floor = 1e3 * floor_seconds(model, [[0] * context] * n, [1] * n, kv_bits)
+        print(json.dumps({"width": n, "context": context, "kv_bits": kv_bits, "step_ms": round(step, 3), "floor_ms": round(floor, 3),
+                          "share": round(floor / step, 3), "kernels": kernels}), flush=True)
 
 
 def generate_padded(peer, prompts, lengths, batch, **options):

@@ -155,7 +155,8 @@ def alone(args):
     tokens = statistics.median(sum(map(length, batch)) for batch in batches[:args.steps])
     second = statistics.median(seconds[3:] or seconds)
     body = sum(m.in_features * m.out_features for m in model.layers.modules() if hasattr(m, "in_features") and not hasattr(m, "lora_A"))
-    # Weights times activations forward, and times gradients backward, but the first layer's; the head's 4VD, with a reference 8VD and one more pass.
+    # Weights times activations forward, and times gradients backward, but the first layer's; the head's 4VD; for the half of the rows that have a
+    # reference 4VD more, and its pass.
     flop = tokens * (4 * body + 4 * model.head.numel() + args.kl * (body + 2 * model.head.numel()))
     row = {"shape": args.shape, "lora": "q,v r 32", "quantize": args.quantize, "kl": args.kl, "recompute": args.recompute, "tokens a step": tokens,
            "pack_tokens": args.pack_tokens, "step_ms": round(1e3 * second, 1), "tokens/s": round(tokens / second),

@@ -2,6 +2,7 @@
 GPU: against their definitions in fp64; and how many launches a decoding step has."""
 import math
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -48,18 +49,9 @@ def both(f, inputs, weights):
     found = []
     for dtype in (inputs[0].dtype, torch.float64):
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        modules = [(module, module.INTERPRET) for module in MODULES]
-        if dtype == torch.float64:
-            for module, _ in modules:
-                module.INTERPRET = False
-        fused_, fused.use_kernels = fused.use_kernels, (lambda *args: False) if dtype == torch.float64 else fused.use_kernels
-        try:
+        with mock.patch.object(fused, "use_kernels", fused.use_kernels if dtype != torch.float64 else lambda *args: False):
             outs = f(*leaves)
             sum((out.double() * w.double()).sum() for out, w in zip(outs, weights)).backward()
-        finally:
-            fused.use_kernels = fused_
-            for module, value in modules:
-                module.INTERPRET = value
         found.append((outs, [x.grad for x in leaves]))
     return found
 

@@ -32,6 +32,7 @@ import fused
 import linear_ce_kl
 import paged_attention
 import sample_tokens
+from kv_cache import default_block_size
 
 # Shared memory that a block can ask for, bytes, and processors: CUDA C++ Programming Guide, technical specifications.
 CARDS = {75: (65536, 40), 80: (166912, 108), 86: (101376, 82), 89: (101376, 128), 90: (232448, 132), 100: (232448, 148), 120: (101376, 170)}
@@ -69,7 +70,7 @@ def silu(dtype, size=3072):
 
 
 def attention(dtype, n=64, group=2, Hkv=8, d=128):
-    block = 64 if dtype == torch.bfloat16 else 32                   # kv_cache.default_block_size
+    block = default_block_size(torch.device("cuda"))
     q, table, lengths = new(n, group * Hkv, d, dtype=dtype), new(n, 4, dtype=torch.int32), new(n, dtype=torch.long)
     for kind in (dtype, torch.int8):
         kv = new(4, block, Hkv, d, dtype=kind)
@@ -105,7 +106,7 @@ def pretend(arch):
     """In this context launches on tensors OnCard compile for a card of that architecture, and run nothing. Yields what was compiled:
     [(name of the kernel, its compiled form), ...]."""
     shared, processors = CARDS[arch]
-    card = SimpleNamespace(shared_memory_per_block_optin=shared, multi_processor_count=processors, major=arch // 10, minor=arch % 10)
+    card = SimpleNamespace(shared_memory_per_block_optin=shared, multi_processor_count=processors)
     compiled, run = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kw):
@@ -113,7 +114,8 @@ def pretend(arch):
     fake = SimpleNamespace(get_current_device=lambda: arch, get_current_stream=lambda device: 0, get_current_target=lambda: GPUTarget("cuda", arch, 32))
     driver.set_active(fake)
     with (mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(torch.cuda, "device_of", lambda x: contextlib.nullcontext()),
-          mock.patch.object(torch.cuda, "get_device_properties", lambda device: card)):
+          mock.patch.object(torch.cuda, "get_device_properties", lambda device: card),
+          mock.patch.object(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10))):
         yield compiled
 
 
@@ -132,21 +134,19 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("archs", nargs="*", type=int, metavar="ARCH")
     p.add_argument("--only", nargs="+", choices=JOBS, default=list(JOBS))
-    p.add_argument("--dtype", nargs="+", default=["bfloat16", "float16"])
     args = p.parse_args()
     for arch in args.archs or CARDS:
         seen = set()
         for name in args.only:
-            for dtype in args.dtype:
-                if arch == 75 and dtype == "bfloat16" or arch != 75 and dtype == "float16":
-                    continue                                        # a card without bfloat16 takes float16, the others need not
-                with pretend(arch) as compiled:
-                    JOBS[name](getattr(torch, dtype))
-                for kernel_name, kernel in compiled:
-                    if id(kernel) not in seen:
-                        seen.add(id(kernel))
-                        print(json.dumps({"triton": triton.__version__, "arch": arch, "job": name, "dtype": dtype, "kernel": kernel_name, "shared": kernel.metadata.shared,
-                                          "limit": CARDS[arch][0], "warps": kernel.metadata.num_warps, **usage(kernel)}), flush=True)
+            dtype = "float16" if arch == 75 else "bfloat16"         # what thinksafe.default_dtype takes there
+            with pretend(arch) as compiled:
+                JOBS[name](getattr(torch, dtype))
+            for kernel_name, kernel in compiled:
+                if id(kernel) not in seen:
+                    seen.add(id(kernel))
+                    print(json.dumps({"triton": triton.__version__, "arch": arch, "job": name, "dtype": dtype, "kernel": kernel_name,
+                                      "shared": kernel.metadata.shared, "limit": CARDS[arch][0], "warps": kernel.metadata.num_warps,
+                                      **usage(kernel)}), flush=True)
 
 
 if __name__ == "__main__":
