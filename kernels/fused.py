@@ -18,7 +18,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:         # CPU builds of torch come without it
-    triton = None
+    triton = tl = None
 
 INTERPRET = False           # tests send CPU tensors through the kernels, with TRITON_INTERPRET=1
 

@@ -22,13 +22,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:         # CPU builds of torch come without it
-    triton = None
-
-INTERPRET = False           # tests send CPU tensors through the kernel, with TRITON_INTERPRET=1
+from fused import tl, triton, use_kernels
 
 def _plain(q, k, v, block_table, context_lens, k_scale, v_scale):
     """The definition, by gathering the blocks of each sequence."""
@@ -151,6 +145,5 @@ def paged_attention(q, k, v, block_table, context_lens, k_scale=None, v_scale=No
         block_table: (n, max_blocks) int32, the blocks of each sequence in order.
         context_lens: (n,) int, tokens of each sequence that the query sees, at least 1.
         k_scale, v_scale: (blocks, block_size, Hkv) fp32 of an int8 cache, see fused.quantize_kv."""
-    kernel = triton is not None and (q.is_cuda or INTERPRET)
-    attend = _kernel if kernel else _plain
+    attend = _kernel if use_kernels(q) else _plain
     return attend(q, k, v, block_table, context_lens, k_scale, v_scale)

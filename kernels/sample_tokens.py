@@ -14,14 +14,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:         # CPU builds of torch come without it
-    triton = None
+from fused import tl, triton, use_kernels
 
 NOT_FINITE, NOT_FOUND = -1, -2          # in place of a token, see sample_tokens
-INTERPRET = False           # tests send CPU tensors through the kernels, with TRITON_INTERPRET=1
 CHUNK = 4096                # logits of a row that one program reads
 
 def uniforms(seed, key, n):
@@ -152,7 +147,7 @@ def draw_tokens(logits, slots, eos, temperature, top_p, top_k, defer=False):
     logits: (n, V). eos: (k,) ids. The other options: see sample_tokens. defer: read nothing back
     from the device. A slot with NOT_FOUND then waits for a call that is not deferred."""
     K = top_k if temperature else 1
-    if triton is not None and (logits.is_cuda or INTERPRET) and 0 < K <= min(64, logits.shape[1]):
+    if use_kernels(logits) and 0 < K <= min(64, logits.shape[1]):
         return _kernel(logits, slots, eos, temperature or 1.0, top_p, K)
     max_new, num_new, last_draw, tokens, u = slots
     logits, options = logits.float(), (temperature, top_p, top_k)

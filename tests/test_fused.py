@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cpu_linear
 import fused
 import merged_linear
-import paged_attention
 import sample_tokens as st
 from fused import PagedWriter, add_norm, norm_rope, silu_mul
 from sample import Sampler
@@ -24,14 +23,12 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 if fused.triton is None:
     pytest.skip("triton is not installed: the kernels cannot be tested here", allow_module_level=True)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-MODULES = fused, paged_attention, st
 
 
 @pytest.fixture
 def kernels(monkeypatch):
     """In these tests tensors on a CPU go through the kernels."""
-    for module in MODULES:
-        monkeypatch.setattr(module, "INTERPRET", True)
+    monkeypatch.setattr(fused, "INTERPRET", True)
     with like_a_gpu():
         yield
 
@@ -236,8 +233,7 @@ def test_a_model_by_the_kernels(folders, monkeypatch, family):
             frozen = model(tokens, cu)
         return [hidden.detach(), frozen, *(p.grad for p in model.parameters() if p.requires_grad)]
     want = run()
-    for module in MODULES:
-        monkeypatch.setattr(module, "INTERPRET", True)
+    monkeypatch.setattr(fused, "INTERPRET", True)
     for merged in (False, True):
         if merged:
             model.prepack_weights(train=True)
@@ -270,8 +266,7 @@ def test_sampling_by_the_kernels(folders, kernels, monkeypatch):
     model = load_model(folders("qwen3")[1], DEVICE, torch.float32)
     prompts, options, runs = [[5, 6, 7]] * 2 + [[9] * 15], dict(seed=1, temperature=0.9, top_k=3), []
     for by_kernel in (True, False):
-        for module in MODULES:
-            monkeypatch.setattr(module, "INTERPRET", by_kernel)
+        monkeypatch.setattr(fused, "INTERPRET", by_kernel)
         sampler = Sampler(*model, 2, block_size=16, num_blocks=4, window=2)
         found = [sorted(sampler.generate(prompts, 4, **options))]
         cache = sampler.cache
@@ -308,9 +303,7 @@ def test_draws_by_the_kernels(kernels, monkeypatch, dtype, V, options):
     logits[:3, 5] = logits.max() + 99
     mine, plain = slots(n), slots(n)
     st.draw_tokens(logits, mine, eos, *options)
-    monkeypatch.setattr(st, "INTERPRET", False)
-    if torch.cuda.is_available():
-        monkeypatch.setattr(st, "triton", None)
+    monkeypatch.setattr(st, "use_kernels", lambda logits: False)
     st.draw_tokens(logits, plain, eos, *options)
     values = [logits.gather(1, x.last_draw[:, None]) for x in (mine, plain)]
     assert torch.equal(*values)                                     # equal logits: of equal chance, whichever comes first
@@ -322,7 +315,7 @@ def test_draws_by_the_kernels(kernels, monkeypatch, dtype, V, options):
 
 @pytest.mark.parametrize("kernel", [True, False])
 def test_draws_of_a_model_without_eos(kernels, monkeypatch, kernel):
-    monkeypatch.setattr(st, "INTERPRET", kernel)
+    monkeypatch.setattr(st, "use_kernels", lambda logits: kernel)
     mine = slots(2)
     st.draw_tokens(randn(2, 50), mine, torch.tensor([], dtype=torch.long, device=DEVICE), 0.6, 0.95, 3)
     assert (mine.last_draw >= 0).all() and (mine.max_new == 4).all()

@@ -41,7 +41,6 @@ def attention(request, monkeypatch):
         return pa._plain
     if pa.triton is None:
         pytest.skip("triton is not installed: the kernel cannot be tested here, only the plain path")
-    monkeypatch.setattr(pa, "INTERPRET", True)
     return pa._kernel
 
 
