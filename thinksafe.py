@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "tiny"
 sys.path.append(str(ROOT / "kernels"))     # flat modules: the hub has a package named `kernels` too
 
-from cpu_linear import Linear, linear, prepack_linear_layers, trainable_product
+from cpu_linear import Linear, linear, prepack_linear_layers
 from fused import add_norm, norm_rope, silu_mul
 from merged_linear import merge_linear_layers, parallel_layers
 from packed_attention import packed_attention
@@ -294,27 +294,19 @@ class Decoder(nn.Module):
 # LoRA (arXiv 2106.09685), interchangeable with PEFT's
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha/r * B(A(dropout(x))): A is (r, n_in), B is (n_out, r), both in fp32. On a CPU
-    a small layer is trained as one product with base + alpha/r BA: a third of the calls."""
+    """base(x) + alpha/r * B(A(dropout(x))): A is (r, n_in), B is (n_out, r), both in fp32."""
     enabled = True
 
     def __init__(self, base, r, alpha, dropout):
         super().__init__()
         self.base_layer, self.scale, self.dropout = base, alpha / r, nn.Dropout(dropout)
-        n_in, n_out = base.in_features, base.out_features
-        self.small = base.weight.dtype == torch.float32 and n_in * n_out < 4 * r * (n_in + n_out)
         options = {"dtype": torch.float32, "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(r, n_in, **options))
-        self.lora_B = nn.Parameter(torch.zeros(n_out, r, **options))
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **options))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        base = self.base_layer
-        prepacked = getattr(base, "packed", None) and torch.is_grad_enabled()
-        if self.small and self.enabled and prepacked and not self.dropout.p:
-            weight = base.weight + self.scale * self.lora_B @ self.lora_A
-            return trainable_product(x, weight, base.bias)
-        out = base(x)
+        out = self.base_layer(x)
         if self.enabled:
             low_rank = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (T, r)
             out = out + F.linear(low_rank, (self.scale * self.lora_B).to(x.dtype))
@@ -581,7 +573,7 @@ def load_weights(folder, device, dtype, quantize=None):
                 module.to(device, dtype)
             if quantize and name.startswith("layers.") and isinstance(module, Linear):
                 bias = None if module.bias is None else module.bias.detach()
-                model.set_submodule(name, QuantizedLinear(module.weight.detach(), bias, quantize))
+                model.set_submodule(name, QuantizedLinear(module.weight.detach(), bias))
     except ImportError as e:
         raise InputError(f"--quantize {quantize}: {e}")
     except (RuntimeError, ValueError) as e:
@@ -650,9 +642,9 @@ def load_model(name, device=None, dtype=None, quantize=None):
     """Load a model by its name (see `resolve_model`) -> (Decoder in eval mode, tokenizer). A PEFT
     LoRA folder gives the base model with the adapter on it.
 
-    device: default CUDA if there is one. dtype: default see `default_dtype`. quantize:
-    "nf4" or "int8" for the linear layers of the blocks. Raises InputError for anything missing,
-    damaged or unsupported."""
+    device: default CUDA if there is one. dtype: default see `default_dtype`. quantize: "nf4" for
+    the linear layers of the blocks. Raises InputError for anything missing, damaged or
+    unsupported."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or default_dtype(device.type)
     name, folder = resolve_model(name)
@@ -837,8 +829,8 @@ def make_parser(doc):
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                    help="of the weights; auto: float32 on a CPU, on a GPU bfloat16 if it has that, "
                         "else float16")
-    g.add_argument("--quantize", choices=("nf4", "int8"), help="keep the models' linear layers in "
-                   "4 or 8 bits, by bitsandbytes: less memory, not faster")
+    g.add_argument("--quantize", choices=("nf4",), help="keep the models' linear layers in 4 bits, "
+                   "by bitsandbytes: less memory, not faster")
     return p
 
 def choose_dtype(args):

@@ -21,29 +21,20 @@ class PackedWeight(NamedTuple):
     transposed: torch.Tensor | None         # for the gradient to x
 
 def _product(x, weight, bias=None):
-    """F.linear by oneDNN; weight (n_out, n_in) as it is or packed."""
+    """F.linear by oneDNN of a weight in its order."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 class _Product(torch.autograd.Function):
-    """x (T, n_in) -> (T, n_out), with gradients to x and, unless it is packed, to weight."""
+    """x (T, n_in) -> (T, n_out) by a PackedWeight, with a gradient to x."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, packed):
+    def forward(ctx, x, bias, packed):
         ctx.packed = packed
-        ctx.save_for_backward(*(() if packed else (x, weight)))
-        return _product(x, packed.weight if packed else weight, bias)
+        return _product(x, packed.weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.packed:
-            return _product(grad, ctx.packed.transposed), None, None, None
-        x, weight = ctx.saved_tensors
-        d_x = _product(grad, weight.T.contiguous()) if ctx.needs_input_grad[0] else None
-        return d_x, grad.T @ x, None, None
-
-def trainable_product(x, weight, bias=None):
-    """F.linear by oneDNN with gradients to x (T, n_in) and weight (n_out, n_in), not to bias."""
-    return _Product.apply(x, weight, bias, None)
+        return _product(grad, ctx.packed.transposed), None, None
 
 def linear(x, weight, bias=None, packed=None):
     """F.linear of x (T, n_in), weight (n_out, n_in); by oneDNN if packed still is that weight."""
@@ -51,7 +42,7 @@ def linear(x, weight, bias=None, packed=None):
         if not torch.is_grad_enabled():
             return _product(x, packed.weight, bias)
         if packed.transposed is not None:
-            return _Product.apply(x, weight, bias, packed)
+            return _Product.apply(x, bias, packed)
     return F.linear(x, weight, bias)
 
 class Linear(nn.Linear):

@@ -11,6 +11,7 @@ import math
 import mmap
 
 import torch
+import torch.nn.functional as F
 
 from fused import PagedWriter
 from paged_attention import paged_attention
@@ -20,12 +21,6 @@ def _lazy_zeros(shape, dtype):
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
-def _weighted_sums(table, rows, starts, weights):
-    """Sums (B, d) of weight * table[row] over B segments of rows (n,) that begin at starts (B,).
-    embedding_bag reads a table (N, d) at the memory's speed on a CPU; a batched matrix product
-    with one or two rows on the left takes up to six times as long."""
-    return torch.embedding_bag(table, rows, starts, False, 0, False, weights.reshape(-1))[0]
-
 def default_block_size(device):
     """Tokens of a block; None on a CPU, for a contiguous cache. Registers of older GPUs hold 32."""
     if device.type == "cpu":
@@ -34,64 +29,38 @@ def default_block_size(device):
     return 32 if old else 64
 
 class ContiguousKVCache:
-    """The cache on a CPU, for the config of a decoder: each slot has room for max_len tokens.
-
-    A slot is a row of square blocks of d tokens. A block of values has a row for each token, a
-    block of keys a row for each dimension. Scores are sums of rows of keys weighted by the query,
-    outputs sums of rows of values weighted by the softmax; both use the same row numbers."""
+    """The cache on a CPU, for the config of a decoder: each slot has room for max_len tokens."""
 
     free_blocks = ()
 
     def __init__(self, config, slots, max_len, dtype):
-        self.d, self.heads = config.head_dim, config.num_attention_heads
-        self.group = self.heads // config.num_key_value_heads
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads,
-                 -(-max_len // self.d), self.d, self.d)         # (L, slots, Hkv, blocks, d, d)
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, max_len,
+                 config.head_dim)
         self.k, self.v = _lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype)
 
     def writer(self, slots, positions):
         """Return write(layer, k, v), which stores n tokens at positions (n,) of slots (n,)."""
-        block, place = positions // self.d, positions % self.d
-
         def write(layer, k, v):
-            self.k[layer][slots, :, block, :, place] = k
-            self.v[layer][slots, :, block, place] = v
+            self.k[layer][slots, :, positions] = k
+            self.v[layer][slots, :, positions] = v
         return write
 
     def attention(self, context_lens):
-        """Return attend(layer, q) for the first n slots, which hold context_lens (n,) >= 1 tokens.
-        Slots of similar length are computed together."""
-        d, batches = self.d, []
-        by_length = context_lens.argsort(descending=True)
-        for slots in by_length.split(max(32, len(context_lens) // 8)):
-            longest, shortest = int(context_lens[slots[0]]), int(context_lens[slots[-1]])
-            blocks = -(-longest // d)
-            heads = (slots[:, None] * self.heads + torch.arange(self.heads)).flatten()  # rows of q
-            first = (heads // self.group * (self.k[0, 0, 0].numel() // d)).int()
-            rows = (first[:, None] + torch.arange(blocks * d, dtype=torch.int32)).flatten()
-            starts = torch.arange(0, len(rows), d, dtype=torch.int32)
-            unseen = torch.arange(shortest, blocks * d) >= context_lens[slots, None]
-            batches.append((heads, heads.repeat_interleave(blocks), rows, starts,
-                            starts[::blocks].contiguous(), shortest,
-                            unseen.repeat_interleave(self.heads, 0)))
+        """Return attend(layer, q) for the first n slots, which hold context_lens (n,) >= 1."""
+        n, longest = len(context_lens), int(context_lens.max())
+        visible = torch.arange(longest) < context_lens[:, None, None, None]     # (n, 1, 1, longest)
 
         def attend(layer, q):
-            k, v = self.k[layer].view(-1, d), self.v[layer].view(-1, d)
-            q = (q / math.sqrt(d)).view(-1, d)
-            out = torch.empty_like(q)
-            for heads, head_of_block, rows, blocks, sequences, shortest, unseen in batches:
-                scores = _weighted_sums(k, rows, blocks, q.index_select(0, head_of_block))
-                scores = scores.view(len(heads), -1)                    # (heads, tokens)
-                scores[:, shortest:].masked_fill_(unseen, float("-inf"))
-                out.index_copy_(0, heads, _weighted_sums(v, rows, sequences, scores.softmax(-1)))
-            return out.view(-1, self.heads, d)
+            # The query heads of a kv head stand in the place of query positions: nothing is copied.
+            q = q.unflatten(1, (self.k.shape[2], -1))                           # (n, Hkv, G, d)
+            k, v = self.k[layer, :n, :, :longest], self.v[layer, :n, :, :longest]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).flatten(1, 2)
         return attend
 
     def move(self, source, slot, length):
         """Copy the first length tokens of source to slot."""
-        blocks = -(-length // self.d)
         for x in (self.k, self.v):
-            x[:, slot, :, :blocks] = x[:, source, :, :blocks]
+            x[:, slot, :, :length] = x[:, source, :, :length]
 
     def allocate(self, *args):
         """Do nothing, like free and upload_block_table: a slot always has all of its memory."""

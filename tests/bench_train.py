@@ -184,7 +184,7 @@ def main(argv=None):
     p.add_argument("--dtype", default="float32", help="of the weights")
     p.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of TRL")
     p.add_argument("--shape", choices=SHAPES, help="instead: our own steps on random weights of a named shape, with:")
-    p.add_argument("--quantize", choices=("nf4", "int8"))
+    p.add_argument("--quantize", choices=("nf4",))
     p.add_argument("--kl", action="store_true")
     p.add_argument("--recompute", action="store_true", help="activation checkpointing")
     p.add_argument("--dropout", type=float, default=0.0)

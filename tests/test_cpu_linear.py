@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import cpu_linear
-from cpu_linear import Linear, linear, prepack_linear_layers, trainable_product
+from cpu_linear import Linear, linear, prepack_linear_layers
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no AVX-512"))])
@@ -44,20 +44,6 @@ def test_packed_products_and_their_gradients(dtype):
         close(out, want, dtype)
         grads += torch.autograd.grad(out.float().square().sum(), y)
     close(*grads, dtype)
-
-
-@DTYPES
-def test_trainable_product(dtype):
-    torch.manual_seed(0)
-    results = []
-    for product in (trainable_product, nn.functional.linear):
-        torch.manual_seed(0)
-        x, weight, bias = (torch.randn(*shape, dtype=dtype) for shape in ((30, 48), (80, 48), (80,)))
-        x.requires_grad_(), weight.requires_grad_()
-        out = product(x, weight, bias)
-        results.append((out, *torch.autograd.grad(out, (x, weight), torch.linspace(-1, 1, 30 * 80, dtype=dtype).view(30, 80))))
-    for a, b in zip(*results):
-        close(a, b, dtype)
 
 
 def test_a_weight_that_changed_is_not_taken_from_the_pack():

@@ -42,7 +42,7 @@ def random_model(shape, device, dtype, quantize=None, seed=0):
             for p in module.parameters():
                 torch.nn.init.ones_(p) if p.dim() == 1 else torch.nn.init.normal_(p, std=0.02)
             if quantize and isinstance(module, Linear):
-                model.set_submodule(name, QuantizedLinear(module.weight.detach(), None, quantize))
+                model.set_submodule(name, QuantizedLinear(module.weight.detach(), None))
     model.eos_ids, model.name, model.folder = frozenset(), shape, TINY / "student"
     return model.eval().requires_grad_(False), load_tokenizer(TINY / "student")
 
