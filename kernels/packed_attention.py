@@ -1,4 +1,4 @@
-"""Causal attention within each document of a pack, by flash attention or in padded batches.
+"""Causal attention within each document of a pack, by flash attention or one after the other.
 
     attend = packed_attention(cu_seqlens, device)
     out = attend(layer, q, k, v)                    # (T, H, d)
@@ -33,31 +33,16 @@ def packed_attention(cu_seqlens, device):
     result are (T, H, d), k and v are (T, Hkv, d). cu_seqlens (B+1,) is on the CPU."""
     lengths, cu = cu_seqlens.diff().tolist(), cu_seqlens.to(device, torch.int32, non_blocking=True)
 
-    @functools.cache
-    def padded():
-        """Return the tokens (B, t) of padded batches of documents, and the places (T,) in them."""
-        order, batches, rows = sorted(range(len(lengths)), key=lambda i: -lengths[i]), [], []
-        while order:                            # documents of similar length share a padded batch
-            similar = [i for i in order if lengths[i] >= 0.8 * lengths[order[0]]]
-            place, order = torch.arange(lengths[order[0]]), order[len(similar):]
-            real = place < cu_seqlens.diff()[similar, None]                      # (B, t)
-            batches.append(cu_seqlens[similar, None] + place * real)    # padding: first token
-            rows.append(real.flatten())
-        rows = torch.cat(rows).nonzero()[:, 0]                                   # (T,)
-        unpad = rows[torch.cat([tokens.flatten() for tokens in batches])[rows].argsort()]
-        return [tokens.to(device) for tokens in batches], unpad.to(device)
-
     def attend(layer, q, k, v):
         if q.is_cuda and q.dtype != torch.float32 and q.shape[-1] % 8 == 0:
             if flash := _flash_attention():
                 return flash(q, k, v, cu, max(lengths))
-        (batches, unpad), outs = padded(), []
-        for tokens in batches:        # index_select: on a CPU its backward is 5 times as fast
-            q_, k_, v_ = (x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
-                          .transpose(1, 2) for x in (q, k, v))
-            if q.device.type != "cpu":               # enable_gqa would store all scores
-                k_, v_ = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k_, v_))
-            out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=True)
-            outs.append(out.transpose(1, 2).flatten(0, 1))                       # (B * t, H, d)
-        return torch.cat(outs).index_select(0, unpad)
+        if q.device.type != "cpu":                   # enable_gqa would store all scores
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        outs = []
+        for document in zip(*(x.split(lengths) for x in (q, k, v))):
+            heads = (x.transpose(0, 1)[None] for x in document)                  # (1, H, t, d)
+            out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+            outs.append(out[0].transpose(0, 1))
+        return torch.cat(outs)
     return attend
