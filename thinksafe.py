@@ -284,10 +284,10 @@ class Decoder(nn.Module):
         """hidden (T, D) -> logits (T, V) in dtype."""
         return linear(hidden, self.head, packed=self.packed_head).to(dtype)
 
-    def prepack_weights(self, train=False):
+    def prepack_weights(self):
         """Lay out frozen weights for speed: on a CPU once more in oneDNN's order, on a GPU those of
         one input below each other."""
-        prepack_linear_layers(self, train)
+        prepack_linear_layers(self)
         merge_linear_layers(self)
 
 # --------------------------------------------------------------------------------------------------

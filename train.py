@@ -431,7 +431,7 @@ def train(args, model, tokenizer, config, examples, skipped, loss=None, *, finge
         stage = Stage("train", args, "metrics.jsonl", fingerprint, model=model.name,
                       sources=VERSIONS, labels=dict(sorted(labels.items())))
     model.train()
-    model.prepack_weights(train=True)
+    model.prepack_weights()
     metrics = fit(args, config, model, trainable, optimizer, batches, loss, metrics=metrics,
                   fingerprint=fingerprint, extra_loss=extra_loss, make_batch=make_batch)
     if not rank:

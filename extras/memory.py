@@ -145,7 +145,7 @@ def main():
     n_tokens, largest = max(((sum(map(train.length, pack)), pack) for pack in packs),
                             key=lambda pair: pair[0])
     model.train()
-    model.prepack_weights(train=True)
+    model.prepack_weights()
     activations = activation_bytes(model, largest, args.full and model.device.type == "cuda")
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     plan = memory_plan(model, largest, sizes, args.optimizer, activations, args.kl)

@@ -136,7 +136,7 @@ def alone(args):
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer, batches = make_optimizer("adamw", params, 1e-5, 0.0), make_batches(examples, args.batch_size, args.steps, 0)
     model.train()
-    model.prepack_weights(train=True)
+    model.prepack_weights()
     reference = frozen_reference(model)
 
     def step(batch):

@@ -371,7 +371,7 @@ def lora_pair(folders, tmp_path):
 def test_lora_logits_and_gradients_equal_peft(lora_pair, packed):
     model, peft, folder = lora_pair
     if packed:
-        model.prepack_weights(train=True)
+        model.prepack_weights()
     docs, cu = documents()
     tokens = torch.cat(docs)
     logits = model.logits(model(tokens, cu))

@@ -236,7 +236,7 @@ def test_a_model_by_the_kernels(folders, monkeypatch, family):
     monkeypatch.setattr(fused, "INTERPRET", True)
     for merged in (False, True):
         if merged:
-            model.prepack_weights(train=True)
+            model.prepack_weights()
             assert not model.layers[0].self_attn.merged and model.layers[1].mlp.merged
         for a, b in zip(run(recomputed=merged), want):
             assert relative(a, b) < 1e-4
