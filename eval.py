@@ -31,7 +31,7 @@ from data.chat import template_hash
 from data.generation import sampling_options
 from data.rows import EVAL_KEYS, RowWriter, content_id, write_atomic, write_rows
 from data.run_record import Stage, read_run, stage_seed
-from data.sources import VERSIONS, add_shard_flag, label_counts, owns
+from data.sources import add_shard_flag, label_counts, owns, take_versions
 from guard import default_guard, guard_format, load_guard
 from sample import add_sampling_flags, sample_traces
 from thinksafe import (
@@ -281,7 +281,7 @@ def main():
         "before": model.hash, "after": after_hash, "prompts": content_id(json.dumps(prompts)),
         "template": template_hash(tokenizer), "seed": args.seed, "dtype": str(model.head.dtype),
         "samples and tokens": budget, "shard": args.shard, **options},
-        sources=VERSIONS, models={"before": before, "after": after})
+        sources=take_versions(), models={"before": before, "after": after})
     prompts = {row["id"]: row for row in prompts if owns(args.shard, row["id"])}
     text = [f"prompts ({asked['protocol']}): {label_counts(prompts.values())}", *left_out.values()]
     print(escape_control_chars("\nleft out: ".join(text)), flush=True)

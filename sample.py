@@ -24,7 +24,7 @@ from data.columns import add_column_flags
 from data.generation import sampling_options
 from data.rows import TRACE_KEYS, RowWriter, content_id, rows_to_do
 from data.run_record import Stage
-from data.sources import VERSIONS, add_shard_flag, label_counts, owns, prompt_rows
+from data.sources import add_shard_flag, label_counts, owns, prompt_rows, take_versions
 from thinksafe import (
     REFUSAL_INSTRUCTIONS, TINY, InputError, add_refusal_instruction, choose_dtype, cli, is_harmful,
     is_tiny, load_model, make_parser, pack_ids, positive, progress, seed_value)
@@ -400,7 +400,7 @@ def main():
         "prompts": content_id(json.dumps(prompts)), "steer": args.steer,
         "wording": REFUSAL_INSTRUCTIONS[args.steer], "n": args.n, "seed": args.seed,
         "dtype": str(model.head.dtype), "kv_bits": args.kv_bits, "shard": args.shard, **options,
-    }, model=model.name, sources=VERSIONS)
+    }, model=model.name, sources=take_versions())
     prompts = [row for row in prompts if owns(args.shard, row["id"])]
     print(f"prompts: {label_counts(prompts)}")
     if not args.prompts and not is_tiny(model.name):

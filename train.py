@@ -30,7 +30,7 @@ from data.columns import add_column_flags
 from data.ranks import join_ranks, other_ranks
 from data.rows import RowWriter, atomic_path, content_id, refuse_link, write_rows
 from data.run_record import Stage, check_checkpoint, check_fingerprint, read_run, stage_seed
-from data.sources import VERSIONS, draw_examples, read_training_rows, training_rows
+from data.sources import draw_examples, read_training_rows, take_versions, training_rows
 from thinksafe import (
     InputError, add_lora, balance_packs, bounded, choose_dtype, cli, default_dtype,
     escape_control_chars, free_memory, has_refusal_instruction, is_harmful, is_tiny, load_lora,
@@ -429,7 +429,7 @@ def train(args, model, tokenizer, config, examples, skipped, loss=None, *, finge
     if not rank:
         labels = Counter(example["label"] for example in examples)
         stage = Stage("train", args, "metrics.jsonl", fingerprint, model=model.name,
-                      sources=VERSIONS, labels=dict(sorted(labels.items())))
+                      sources=take_versions(), labels=dict(sorted(labels.items())))
     model.train()
     model.prepack_weights()
     metrics = fit(args, config, model, trainable, optimizer, batches, loss, metrics=metrics,

@@ -68,6 +68,12 @@ UNGATED = {         # gated data set -> where the same prompts can be had withou
 }
 VERSIONS = {}       # source -> commit of a hub data set, or first 16 hex digits of a file's sha256
 
+def take_versions():
+    """Return {source: version} of what was loaded since the last call; a stage records it."""
+    taken = dict(VERSIONS)
+    VERSIONS.clear()
+    return taken
+
 class Unavailable(InputError):
     """A data set that cannot be had; why: gated, no network, not found or not readable."""
 

@@ -152,7 +152,9 @@ def call(script, *args):
     import importlib
     import io
 
+    from data.sources import VERSIONS
     from thinksafe import cli
+    VERSIONS.clear()                                              # a fresh interpreter has loaded nothing
     out, err, argv, handler = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
     sys.argv = [script, *map(str, args)]
     code = 0
