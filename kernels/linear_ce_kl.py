@@ -284,24 +284,20 @@ def _batches(use_kernel, head, inputs, todo=True):
             h, r = (t if t is None else t[i].to(head.dtype).contiguous() for t in (hidden, ref))
             yield i, (h, targets[i].long(), ce_weight[i], r, kl_weight[i])
 
-def _plain(head, ref_head, inputs, want_hidden, want_head):
-    """Without the kernel: the loss (N,) and, where wanted, the gradients to hidden and head."""
-    hidden = inputs[0]
-    loss = hidden.new_zeros(len(hidden), dtype=torch.float32)
-    d_hidden = torch.zeros_like(hidden) if want_hidden else None
-    d_head = torch.zeros_like(head) if want_head else None
-    for i, batch in _batches(False, head, inputs):
-        loss[i], dlogits = _plain_dlogits(head, ref_head, *batch)
-        if want_hidden and head.dtype == torch.float16:     # its smallest number is 6e-8
-            d_hidden[i] = (mm((dlogits * 1024).half(), head) / 1024).to(hidden.dtype)
-        elif want_hidden:
-            d_hidden[i] = (dlogits @ head).to(hidden.dtype)
-        if want_head:
-            d_head.addmm_(dlogits.T, batch[0])
-    return loss, d_hidden, d_head
+def _plain_batch(head, ref_head, batch, want_hidden, d_head):
+    """Without the kernel: a batch of n tokens, see _batches -> the loss (n,), and its gradient to
+    hidden (n, D) or None. The gradient to the head is added to d_head, if not None."""
+    loss, dlogits = _plain_dlogits(head, ref_head, *batch)
+    if d_head is not None:
+        d_head.addmm_(dlogits.T, batch[0])
+    if not want_hidden:
+        return loss, None
+    if head.dtype == torch.float16:                     # its smallest number is 6e-8
+        return loss, mm((dlogits * 1024).half(), head) / 1024
+    return loss, dlogits @ head
 
-def _kernel(head, ref_head, inputs, want_hidden, want_head):
-    """By the kernel: the loss (N,) and, where wanted, gradients to hidden and, in fp32, head."""
+def _compute(use_kernel, head, ref_head, inputs, want_hidden, want_head):
+    """The loss (N,) and, where wanted, the gradients to hidden and, in fp32, to head."""
     hidden = inputs[0]
     loss = hidden.new_zeros(len(hidden), dtype=torch.float32)
     shift = loss.repeat(3, 1)
@@ -310,11 +306,14 @@ def _kernel(head, ref_head, inputs, want_hidden, want_head):
     todo = True
     for attempt in range(3):            # with a guess, then with c corrected, then with alpha
         again = torch.zeros_like(loss, dtype=torch.bool)
-        for i, batch in _batches(True, head, inputs, todo):
-            known_shift = shift[:, i].contiguous() if attempt else None
-            loss[i], grad, again[i], shift[:, i] = _kernel_batch(
-                head, ref_head, batch, known_shift, attempt == 2, want_hidden or want_head,
-                d_head)
+        for i, batch in _batches(use_kernel, head, inputs, todo):
+            if use_kernel:
+                known_shift = shift[:, i].contiguous() if attempt else None
+                loss[i], grad, again[i], shift[:, i] = _kernel_batch(
+                    head, ref_head, batch, known_shift, attempt == 2, want_hidden or want_head,
+                    d_head)
+            else:
+                loss[i], grad = _plain_batch(head, ref_head, batch, want_hidden, d_head)
             if want_hidden:
                 d_hidden[i] = grad.to(hidden.dtype)
         todo = again
@@ -328,8 +327,8 @@ class _LinearCEKL(torch.autograd.Function):
         _, want_head, _, want_hidden, *_ = ctx.needs_input_grad
         ctx.use_kernel = use_kernel
         with torch.autocast(head.device.type, enabled=False):
-            compute = _kernel if use_kernel else _plain
-            loss, d_hidden, d_head = compute(head, ref_head, inputs, want_hidden, want_head)
+            loss, d_hidden, d_head = _compute(
+                use_kernel, head, ref_head, inputs, want_hidden, want_head)
         saved = (d_head, head, ref_head, *inputs) if want_head else ()
         ctx.save_for_backward(d_hidden, *saved)
         return loss
@@ -348,8 +347,7 @@ class _LinearCEKL(torch.autograd.Function):
             else:
                 inputs = hidden, targets, ce_weight * upstream, ref_hidden, kl_weight * upstream
                 with torch.autocast(upstream.device.type, enabled=False):
-                    compute = _kernel if ctx.use_kernel else _plain
-                    d_head = compute(head, ref_head, inputs, False, True)[2]
+                    d_head = _compute(ctx.use_kernel, head, ref_head, inputs, False, True)[2]
         return None, d_head, None, d_hidden, None, None, None, None
 
 def _in_rows(head, dtype):
