@@ -189,8 +189,9 @@ def summarize(guarded):
     parts = [", ".join(f"{n} {label}" for label, n in labels.items()), f"kept {kept.total()}"]
     parts += [f"{n} {reason}" for reason, n in reasons.items()]
     if "verdicts" in guarded[0]:
-        words = [{verdict["label"] for verdict in row["verdicts"].values()} for row in guarded]
-        counts["agreed"] = sum(len(found) == 1 for found in words)
+        counts["agreed"] = 0
+        for row in guarded:
+            counts["agreed"] += len({v["label"] for v in row["verdicts"].values()}) == 1
         parts.append(f"they agree on {counts['agreed']}")
     return f"judged {len(guarded)} traces with {guarded[0]['guard']}: " + "; ".join(parts), counts
 

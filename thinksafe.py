@@ -285,8 +285,8 @@ class Decoder(nn.Module):
         return linear(hidden, self.head, packed=self.packed_head).to(dtype)
 
     def prepack_weights(self):
-        """Lay out frozen weights for speed: on a CPU once more in oneDNN's order, on a GPU those of
-        one input below each other."""
+        """Lay out frozen weights for decoding: on a CPU once more in oneDNN's order, on a GPU those
+        of one input below each other."""
         prepack_linear_layers(self)
         merge_linear_layers(self)
 
@@ -646,6 +646,8 @@ def load_model(name, device=None, dtype=None, quantize=None):
     the linear layers of the blocks. Raises InputError for anything missing, damaged or
     unsupported."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)                # where Triton launches
     dtype = dtype or default_dtype(device.type)
     name, folder = resolve_model(name)
     if (folder / "adapter_config.json").exists():

@@ -38,6 +38,7 @@ from thinksafe import (
     positive, progress, save_lora, save_model, seed_value, training_pair)
 
 from linear_ce_kl import linear_ce_kl
+from merged_linear import merge_linear_layers
 
 # The paper's recipe (Table 4 and appendix), and what the tiny student needs instead.
 PAPER_CONFIG = {"lr": 1e-5, "epochs": 3, "batch_size": 8, "max_length": 16384, "lora_r": 32,
@@ -431,7 +432,7 @@ def train(args, model, tokenizer, config, examples, skipped, loss=None, *, finge
         stage = Stage("train", args, "metrics.jsonl", fingerprint, model=model.name,
                       sources=take_versions(), labels=dict(sorted(labels.items())))
     model.train()
-    model.prepack_weights()
+    merge_linear_layers(model)
     metrics = fit(args, config, model, trainable, optimizer, batches, loss, metrics=metrics,
                   fingerprint=fingerprint, extra_loss=extra_loss, make_batch=make_batch)
     if not rank:
@@ -476,7 +477,7 @@ def main():
     frozen, mixed = model, is_mixed(args)
     if args.full and args.kl:
         frozen, _ = load_model(model.name, args.device, model.head.dtype)
-        frozen.prepack_weights()
+        merge_linear_layers(frozen)
     loss = functools.partial(packed_loss, model, reference=frozen_reference(frozen, mixed),
                              ref_head=None if frozen is model else frozen.head, mixed=mixed)
     train(args, model, tokenizer, config, examples, skipped, loss,

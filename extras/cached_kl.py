@@ -25,6 +25,7 @@ from data.rows import atomic_path, content_id, write_atomic
 from thinksafe import InputError, bounded, cli, load_model, make_parser, progress, split_packs
 
 from linear_ce_kl import linear_ce_kl
+from merged_linear import merge_linear_layers
 
 def with_head_mean(reference, head):
     """Return f(examples) -> (N, 2D): what `reference` says, h (N, D), and softmax(h W^T) W for the
@@ -117,7 +118,7 @@ def main():
     reference = train.frozen_reference(frozen, mixed)
     if args.device == "cuda" and not args.full:
         reference = with_head_mean(reference, frozen.head)
-    frozen.prepack_weights()
+    merge_linear_layers(frozen)
     reference = cached_reference(
         args.out, reference, examples, args.pack_tokens, args.gb,
         {"model": model.hash, "dtype": str(model.head.dtype),

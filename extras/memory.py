@@ -23,7 +23,8 @@ import train
 from data.chat import decode_text
 from thinksafe import balance_packs, cli, escape_control_chars, load_model, make_parser
 
-from linear_ce_kl import CPU_ROWS, GPU_BUFFER
+from linear_ce_kl import PLAIN_ROWS, GPU_BUFFER
+from merged_linear import merge_linear_layers
 
 MEMINFO = Path("/proc/meminfo")
 
@@ -78,7 +79,7 @@ def memory_plan(model, examples, sizes, optimizer, activations, kl=False):
     if model.device.type == "cuda":
         loss += GPU_BUFFER
     else:
-        loss += min(N, 2 * CPU_ROWS) * V * 4 * (2 if kl else 1)
+        loss += min(N, 2 * PLAIN_ROWS) * V * 4 * (2 if kl else 1)
     if model.head.requires_grad:
         loss += 3 * V * D * 4  # the head's fp32 gradient, here and on the way to there
     inputs = len(model.layers) * T * D * n_bytes     # of the layers: all there is to recompute from
@@ -145,7 +146,7 @@ def main():
     n_tokens, largest = max(((sum(map(train.length, pack)), pack) for pack in packs),
                             key=lambda pair: pair[0])
     model.train()
-    model.prepack_weights()
+    merge_linear_layers(model)
     activations = activation_bytes(model, largest, args.full and model.device.type == "cuda")
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     plan = memory_plan(model, largest, sizes, args.optimizer, activations, args.kl)

@@ -3,8 +3,8 @@
     layer = Linear(n_in, n_out)                     # an nn.Linear
     prepack_linear_layers(model)                    # after loading; then use the model as before
 
-oneDNN wants weights in an order of its own, so frozen ones are kept once more in that order. What
-wants a gradient, and a weight that has changed, goes through F.linear.
+oneDNN wants weights in an order of its own, so frozen ones are kept once more in that order. In
+grad mode, and for a weight that has changed, F.linear serves.
 """
 import functools
 import os
@@ -35,7 +35,9 @@ class Linear(nn.Linear):
 
 def _pack(weight, old):
     """PackedWeight of weight (n_out, n_in), the old one if it still serves; None if small."""
-    if weight.numel() < MIN_SIZE or old and old.version == weight._version:
+    if weight.numel() < MIN_SIZE:
+        return None
+    if old and old.version == weight._version:
         return old
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64)
     return PackedWeight(weight._version, packed)

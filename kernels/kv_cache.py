@@ -9,6 +9,7 @@
 """
 import math
 import mmap
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,14 @@ from fused import PagedWriter
 from paged_attention import paged_attention
 
 def _lazy_zeros(shape, dtype):
-    """Zeros on a CPU that take memory when first written to: a slot costs what a sequence needs."""
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    """Zeros on a CPU that take memory where they are written to, not where they are read: a slot
+    costs what its sequence needs."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if sys.platform == "linux":
+        flags |= 0x4000                         # MAP_NORESERVE: may be more than there is
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)    # or a token may take 2 MB in each head
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 def default_block_size(device):

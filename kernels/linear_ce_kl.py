@@ -49,7 +49,7 @@ torch.zeros(1).exp()    # MKL picks its accuracy in the first call; two threads 
 IGNORE = -100           # targets with this value have no loss
 INTERPRET = False       # tests send CPU tensors through the kernel, see tests/tools/interpreter.py
 GPU_BUFFER = 720e6      # bytes for e and the kept gradient: 2048 rows at V = 151936, D = 1024
-CPU_ROWS = 256          # rows of logits at a time on a CPU: 156 MB at V = 151936
+PLAIN_ROWS = 256        # rows of logits at a time without the kernel: 156 MB at V = 151936
 MARGIN = 44.0           # nats, about 2^64: e W and its sums stay far below bf16's largest, 2^127
 FAR = 3.0               # largest S_ref / S with alpha = 1: the rounding error of e grows with it
 NEAR = 0.1              # nats of KL below which alpha = 0 costs accuracy
@@ -178,13 +178,11 @@ def _launch(want_grad, head, ref_head, hidden, targets, ref_hidden, shift, ref_o
         out = hidden.new_empty(2 * N if ref and ref_out else N, -(-V // 64) * 64)[:, :V]
     tiles = triton.cdiv(V, BV)
     stat = torch.empty(7 if ref else 3, tiles, N, device=device)
-    with torch.cuda.device_of(hidden):                          # Triton launches on the current one
-        _head_kernel[(triton.cdiv(N, BN) * tiles,)](
-            hidden, ref_hidden if ref else hidden, head, ref_head, targets.int(), shift, out, stat,
-            target_logit, N, V, head.stride(0), ref_head.stride(0), out.stride(0),
-            D=hidden.shape[1], REF=ref, REF_HEAD=ref_has_own_head, GRAD=want_grad,
-            REF_OUT=ref and ref_out, BN=BN, BV=BV, BD=BD,
-            num_warps=num_warps, num_stages=num_stages)
+    _head_kernel[(triton.cdiv(N, BN) * tiles,)](
+        hidden, ref_hidden if ref else hidden, head, ref_head, targets.int(), shift, out, stat,
+        target_logit, N, V, head.stride(0), ref_head.stride(0), out.stride(0), D=hidden.shape[1],
+        REF=ref, REF_HEAD=ref_has_own_head, GRAD=want_grad, REF_OUT=ref and ref_out, BN=BN, BV=BV,
+        BD=BD, num_warps=num_warps, num_stages=num_stages)
     return out, stat, target_logit
 
 def mm(a, b):
@@ -267,14 +265,14 @@ def add_mm(total, a, b):
 # Autograd and the entry point. `inputs` are hidden (N, D), targets (N,), ce_weight (N,), ref_hidden
 # (N, D) or None and kl_weight (N,). Both heads are (V, D), of one dtype.
 
-def _batches(use_kernel, head, inputs, todo=True):
+def _batches(use_kernel, head, inputs, todo):
     """Split the tokens that have a loss and are in the mask todo (N,): first those without a KL.
     Yields their numbers (n,) and their part of the inputs in the dtype of head, ref_hidden None
     without a KL. So tokens without a loss reach no GEMM and a reference is read where it counts."""
     hidden, targets, ce_weight, ref_hidden, kl_weight = inputs
     todo = todo & (targets != IGNORE) & ((ce_weight != 0) | (kl_weight != 0))
     for with_kl, ref in ((False, None), (True, ref_hidden)):
-        max_rows = CPU_ROWS
+        max_rows = PLAIN_ROWS
         if use_kernel:      # a token takes V numbers e, h, W_y and e W, all twice with a reference
             free = max(GPU_BUFFER - hidden.nbytes, GPU_BUFFER / 2)
             row_bytes = (len(head) + 4 * head.shape[1]) * head.element_size() * (1 + with_kl)
@@ -284,17 +282,17 @@ def _batches(use_kernel, head, inputs, todo=True):
             h, r = (t if t is None else t[i].to(head.dtype).contiguous() for t in (hidden, ref))
             yield i, (h, targets[i].long(), ce_weight[i], r, kl_weight[i])
 
-def _plain_batch(head, ref_head, batch, want_hidden, d_head):
-    """Without the kernel: a batch of n tokens, see _batches -> the loss (n,), and its gradient to
-    hidden (n, D) or None. The gradient to the head is added to d_head, if not None."""
+def _plain_batch(head, ref_head, batch, shift, last, want_grad, d_head):
+    """As _kernel_batch, without the kernel: nothing is shifted, and no token computed again."""
     loss, dlogits = _plain_dlogits(head, ref_head, *batch)
     if d_head is not None:
         d_head.addmm_(dlogits.T, batch[0])
-    if not want_hidden:
-        return loss, None
-    if head.dtype == torch.float16:                     # its smallest number is 6e-8
-        return loss, mm((dlogits * 1024).half(), head) / 1024
-    return loss, dlogits @ head
+    grad = None
+    if want_grad and head.dtype == torch.float16:       # its smallest number is 6e-8
+        grad = mm((dlogits * 1024).half(), head) / 1024
+    elif want_grad:
+        grad = dlogits @ head
+    return loss, grad, False, 0.0
 
 def _compute(use_kernel, head, ref_head, inputs, want_hidden, want_head):
     """The loss (N,) and, where wanted, the gradients to hidden and, in fp32, to head."""
@@ -303,17 +301,13 @@ def _compute(use_kernel, head, ref_head, inputs, want_hidden, want_head):
     shift = loss.repeat(3, 1)
     d_hidden = torch.zeros_like(hidden) if want_hidden else None
     d_head = torch.zeros_like(head, dtype=torch.float32) if want_head else None
-    todo = True
+    compute_batch, todo = _kernel_batch if use_kernel else _plain_batch, True
     for attempt in range(3):            # with a guess, then with c corrected, then with alpha
         again = torch.zeros_like(loss, dtype=torch.bool)
         for i, batch in _batches(use_kernel, head, inputs, todo):
-            if use_kernel:
-                known_shift = shift[:, i].contiguous() if attempt else None
-                loss[i], grad, again[i], shift[:, i] = _kernel_batch(
-                    head, ref_head, batch, known_shift, attempt == 2, want_hidden or want_head,
-                    d_head)
-            else:
-                loss[i], grad = _plain_batch(head, ref_head, batch, want_hidden, d_head)
+            known_shift = shift[:, i].contiguous() if attempt else None
+            loss[i], grad, again[i], shift[:, i] = compute_batch(
+                head, ref_head, batch, known_shift, attempt == 2, want_hidden or want_head, d_head)
             if want_hidden:
                 d_hidden[i] = grad.to(hidden.dtype)
         todo = again

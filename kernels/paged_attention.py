@@ -128,12 +128,11 @@ def _kernel(q, k, v, block_table, context_lens, k_scale, v_scale):
     out, options = torch.empty_like(q), {"num_stages": 3}
     if k_scale is not None:             # two blocks in flight, as each has half the bytes
         options = {"num_stages": 5, "maxnreg": 128 if q.dtype == torch.bfloat16 else None}
-    with torch.cuda.device_of(q):                       # Triton launches on the current device
-        _chunk_kernel[n, kv_heads, chunks](
-            q.contiguous(), k, v, k_scale, v_scale, block_table, context_lens, part, lse,
-            math.log2(math.e) / math.sqrt(d), block_table.stride(0), min_blocks, kv_heads, G,
-            max(16, triton.next_power_of_2(G)), d, DP, block_size, num_warps=4, **options)
-        _join_kernel[n * kv_heads, G](part, lse, out, chunks, G, d, DP, num_warps=1)
+    _chunk_kernel[n, kv_heads, chunks](
+        q.contiguous(), k, v, k_scale, v_scale, block_table, context_lens, part, lse,
+        math.log2(math.e) / math.sqrt(d), block_table.stride(0), min_blocks, kv_heads, G,
+        max(16, triton.next_power_of_2(G)), d, DP, block_size, num_warps=4, **options)
+    _join_kernel[n * kv_heads, G](part, lse, out, chunks, G, d, DP, num_warps=1)
     return out
 
 def paged_attention(q, k, v, block_table, context_lens, k_scale=None, v_scale=None):

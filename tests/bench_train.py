@@ -33,6 +33,8 @@ from data.rows import read_rows
 from thinksafe import add_lora, balance_packs, load_model, resolve_model, save_lora
 from train import encode_rows, frozen_reference, length, make_batches, make_optimizer, packed_loss
 
+from merged_linear import merge_linear_layers
+
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {                                                  # -> arguments of SFTConfig for a batch
     "padded batch": lambda n: dict(per_device_train_batch_size=n, gradient_checkpointing=False),
@@ -136,7 +138,7 @@ def alone(args):
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer, batches = make_optimizer("adamw", params, 1e-5, 0.0), make_batches(examples, args.batch_size, args.steps, 0)
     model.train()
-    model.prepack_weights()
+    merge_linear_layers(model)
     reference = frozen_reference(model)
 
     def step(batch):

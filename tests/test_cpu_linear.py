@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import cpu_linear
-from cpu_linear import Linear, linear, prepack_linear_layers
+from cpu_linear import Linear, _pack, linear, prepack_linear_layers
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no AVX-512"))])
@@ -29,7 +29,7 @@ def close(a, b, dtype):
 
 @DTYPES
 def test_packed_products(dtype):
-    """They are taken where nothing wants a gradient; else F.linear's product and gradient."""
+    """They are F.linear's; in grad mode they are not taken."""
     torch.manual_seed(0)
     model, x = Model(dtype), torch.randn(30, 256, dtype=dtype, requires_grad=True)
     want = nn.functional.linear(x, model.frozen.weight, model.frozen.bias)
@@ -40,6 +40,9 @@ def test_packed_products(dtype):
         close(linear(x, model.head, packed=model.packed_head), x @ model.head.T, dtype)
     out = model.frozen(x)
     assert torch.equal(out, want) and all(map(torch.equal, torch.autograd.grad(out.sum(), x), torch.autograd.grad(want.sum(), x)))
+    model.frozen.packed = _pack(model.frozen.weight * 2, None)._replace(version=model.frozen.weight._version)
+    with torch.no_grad():                                   # what is packed is what computes
+        close(model.frozen(x) - model.frozen.bias, 2 * (want - model.frozen.bias), dtype)
 
 
 def test_a_weight_that_changed_is_not_taken_from_the_pack():

@@ -367,11 +367,8 @@ def lora_pair(folders, tmp_path):
     return model, PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True), tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_lora_logits_and_gradients_equal_peft(lora_pair, packed):
+def test_lora_logits_and_gradients_equal_peft(lora_pair):
     model, peft, folder = lora_pair
-    if packed:
-        model.prepack_weights()
     docs, cu = documents()
     tokens = torch.cat(docs)
     logits = model.logits(model(tokens, cu))

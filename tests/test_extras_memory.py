@@ -12,6 +12,8 @@ from thinksafe import add_lora, load_model
 from train import encode_rows, frozen_reference, make_optimizer, packed_loss
 from training_rows import trace
 
+from merged_linear import merge_linear_layers
+
 
 def test_memory_plan_by_hand():
     """Three layers of width 10 in bf16, 100 tokens of which 40 are targets, V = 50."""
@@ -178,7 +180,7 @@ def test_the_plan_is_not_below_what_a_gpu_takes(kl, recomputed):
     model, tokenizer = random_model("qwen3-0.6b", torch.device("cuda"), torch.bfloat16)
     add_lora(model, 32, 16.0, 0.05)
     model.train()
-    model.prepack_weights()
+    merge_linear_layers(model)
     examples = [{"id": i, "ids": list(range(5, 1005)), "n_prompt": 20, "benign": True, "ce_weight": float(not kl), "kl_weight": float(kl)} for i in range(8)]
     params = [p for p in model.parameters() if p.requires_grad]
     sizes, weights = [p.numel() for p in params], stored_bytes(model.parameters())

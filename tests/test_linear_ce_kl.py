@@ -299,7 +299,7 @@ def test_only_counting_rows_reach_a_gemm_and_logits_are_never_whole(path, monkey
             return real(*args)
 
         monkeypatch.setattr(ck, name, spy)
-        monkeypatch.setattr(ck, "CPU_ROWS", 128)
+        monkeypatch.setattr(ck, "PLAIN_ROWS", 128)
         monkeypatch.setattr(ck, "GPU_BUFFER", 0)            # the least: chunks of 128 rows
         linear_ce_kl(h, head, y, w, r, lam)
         kept = y != -100

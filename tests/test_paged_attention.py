@@ -1,5 +1,7 @@
 """Attention over the cache: the Triton kernel (through the interpreter without a GPU), the plain definition, the CPU's own;
 and the blocks of a paged cache."""
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -111,6 +113,20 @@ def test_slots_of_a_cpu(n, heads, group, d, longest, dtype):
     cache.move(n, 0, int(length[0]))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(cache.attention(length)(1, q).double(), truth(q, k, v, table, length), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not tell the memory of a process")
+def test_a_slot_costs_what_its_sequence_needs():
+    """Qwen3-0.6B's 64 slots of 16,384 tokens are more than a machine has: memory goes to what is written, not to what is read."""
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    config = SimpleNamespace(num_hidden_layers=28, num_key_value_heads=8, num_attention_heads=16, head_dim=128)
+    before = resident()
+    cache = ContiguousKVCache(config, 64, 16384, torch.float32)
+    k, v = torch.randn(2, 2000, 8, 128)
+    cache.writer(torch.full((2000,), 3), torch.arange(2000))(5, k, v)
+    assert cache.attention(torch.ones(64).long().index_fill(0, torch.tensor(3), 2000))(5, torch.randn(64, 16, 128)).isfinite().all()
+    assert 2 * k.nbytes < resident() - before < 12 * k.nbytes
 
 
 @pytest.mark.parametrize("int8", [False, True])
