@@ -29,7 +29,8 @@ from thinksafe import (
     REFUSAL_INSTRUCTIONS, TINY, InputError, add_refusal_instruction, choose_dtype, cli, is_harmful,
     is_tiny, load_model, make_parser, pack_ids, positive, progress, seed_value)
 
-from kv_cache import ContiguousKVCache, PagedKVCache, default_block_size
+from cpu_linear import machine_memory
+from kv_cache import ContiguousKVCache, PagedKVCache, cache_bytes, default_block_size
 from packed_attention import packed_attention
 from sample_tokens import NOT_FINITE, NOT_FOUND, Slots, draw_tokens, uniforms
 
@@ -67,7 +68,7 @@ class Sampler:
     kv_bits: 16 (the model's dtype) or 8. num_blocks: the largest number of blocks (default: what
     fits the GPU's free memory)."""
 
-    def __init__(self, model, tokenizer, max_num_seqs=64, kv_bits=16, block_size=None,
+    def __init__(self, model, tokenizer, max_num_seqs=256, kv_bits=16, block_size=None,
                  num_blocks=None, window=None):
         self.model, self.tokenizer = model, tokenizer
         self.max_num_seqs, self.kv_bits, self.num_blocks = max_num_seqs, kv_bits, num_blocks
@@ -101,7 +102,7 @@ class Sampler:
         longest = max((len(seq.prompt) + seq.max_tokens for seq in self.waiting), default=0)
         if not self.block_size or self.cache and longest > self.max_context_len:
             self.cache = None                                  # a new one
-        for slot in range(self.max_num_seqs if self.cache else 0):
+        for slot in range(self.slots if self.cache else 0):
             self.cache.free(slot)                              # of a call that was abandoned
         while True:
             for seq in finished:
@@ -147,14 +148,13 @@ class Sampler:
         c, n, device = self.model.config, self.max_num_seqs, self.model.device
         dtype, int8 = self.model.head.dtype, self.kv_bits == 8
         self.max_context_len = max(len(seq.prompt) + seq.max_tokens for seq in self.waiting)
+        unit_bytes = cache_bytes(c, self.block_size or self.max_context_len, dtype, int8)
         self.graphs, self.graph_pool = {}, None
         self.eos = torch.tensor(sorted(self.model.eos_ids), device=self.draw_device).long()
         if self.block_size:
             max_blocks = self._blocks_for(self.max_context_len)
-            num_blocks = n * max_blocks + 1                    # block 0 is for empty slots
-            if self.cuda:
-                block_bytes = PagedKVCache.block_bytes(c, self.block_size, dtype, int8)
-                num_blocks = min(num_blocks, self._bytes_for_cache() // block_bytes)
+            free = self._bytes_for_cache() if self.cuda else machine_memory() // 2
+            num_blocks = min(n * max_blocks + 1, free // unit_bytes)     # block 0: for empty slots
             num_blocks = min(num_blocks, self.num_blocks or num_blocks)
             if num_blocks < 2:
                 raise torch.OutOfMemoryError
@@ -162,7 +162,13 @@ class Sampler:
             self.cache = PagedKVCache(c, n, max_blocks, dtype, device, num_blocks,
                                       self.block_size, int8)
         else:
+            n = min(n, len(self.waiting))
+            if n * unit_bytes > machine_memory() / 2:          # on a CPU nothing is preempted
+                n = max(1, machine_memory() // 2 // unit_bytes)
+                print(f"sampler: {n} slots, as one may take {unit_bytes / 1e9:.1f} GB",
+                      file=sys.stderr)
             self.cache = ContiguousKVCache(c, n, self.max_context_len, dtype)
+        self.slots = n
         device = self.draw_device
         self.rows = torch.arange(n, device=device)
         # Of each slot: tokens before the window, tokens to sample in it, tokens sampled in it, and
@@ -220,8 +226,8 @@ class Sampler:
     def _schedule_prefill(self):
         """Take the waiting sequences that there is room for now -> list of Sequence."""
         batch, tokens = [], 0
-        free_slots = self.max_num_seqs - len(self.running)
-        if self.running and free_slots <= self.max_num_seqs // 16:
+        free_slots = self.slots - len(self.running)
+        if self.running and free_slots <= self.slots // 16:
             return batch                                       # few at a time would be slow
         free_blocks = len(self.cache.free_blocks) - len(self.running)    # each may want one soon
         while self.waiting and len(batch) < free_slots:
@@ -266,7 +272,7 @@ class Sampler:
         behind them are empty: what they compute, from one token, is harmless."""
         n, w = len(seqs), self.window
         state = [[len(seq), min(w, seq.max_tokens - len(seq.tokens)), 0, 0] for seq in seqs]
-        state += [[1, 0, 0, 0]] * (self.max_num_seqs - n)
+        state += [[1, 0, 0, 0]] * (self.slots - n)
         self.state.copy_(torch.tensor(state).T)
         self.tokens[:n, 0] = torch.tensor([(seq.tokens or seq.prompt)[-1] for seq in seqs])
         self.u[:n, :w] = torch.stack([seq.u[len(seq.tokens):][:w] for seq in seqs])
@@ -288,7 +294,7 @@ class Sampler:
         # Few widths, so few graphs and plans of oneDNN: powers of two, on a CPU multiples of 16.
         n = len(self.running)
         n = 1 << (n - 1).bit_length() if self.cuda or n <= 8 else 16 * math.ceil(n / 16)
-        n = min(n, self.max_num_seqs)
+        n = min(n, self.slots)
         self.cache.upload_block_table()
         self._begin_window(self.running)
         key = n, self.options, self.with_logprobs
@@ -359,7 +365,7 @@ def add_sampling_flags(p):
     g.add_argument("--top-k", type=int, help="tokens drawn from, 0: all; paper 20 (Qwen3), 0 (R1)")
     g.add_argument("--max-new-tokens", type=positive,
                    help="longest trace, tokens; paper 16384, tiny world 256")
-    g.add_argument("--slots", type=positive, default=64, help="sequences decoded at a time")
+    g.add_argument("--slots", type=positive, default=256, help="sequences decoded at a time")
     g.add_argument("--seed", type=seed_value, help="of the random draws (default: 0; later stages "
                    "take over that of sample.py)")
 

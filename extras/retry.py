@@ -33,7 +33,7 @@ def main():
     g = p.add_argument_group("retries")
     g.add_argument("--n", type=positive, default=3, help="traces more than sample.py made of a "
                    "prompt, at most")
-    g.add_argument("--slots", type=positive, default=64, help="sequences decoded at a time")
+    g.add_argument("--slots", type=positive, default=256, help="sequences decoded at a time")
     args = p.parse_args()
     run = read_run(args.out)
     judged = run.get("guard", {})

@@ -538,7 +538,7 @@ def parse_args():
     g.add_argument("--limit", type=positive, default=600, help="at most so many harmful prompts")
     g.add_argument("--max-new-tokens", type=positive,
                    help="longest trace, tokens (default: what sample.py used)")
-    g.add_argument("--slots", type=positive, default=64, help="sequences decoded at a time")
+    g.add_argument("--slots", type=positive, default=256, help="sequences decoded at a time")
     g.add_argument("--seed", type=seed_value, help="of the draws (default: that of sample.py)")
     return p.parse_args()
 

@@ -56,6 +56,13 @@ def has_product(dtype):
           file=sys.stderr)
     return False
 
+def machine_memory():
+    """Return the machine's memory in bytes, 8 GB on a system that does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 8 << 30
+
 def prepack_linear_layers(model):
     """Pack the frozen Linear layers of a model on a CPU, and its head, which goes to packed_head.
     Nothing happens on a GPU, where oneDNN has no such product, or if the copies would take more
@@ -63,12 +70,8 @@ def prepack_linear_layers(model):
     if model.device.type != "cpu":
         return
     torch.empty(31 << 20, dtype=torch.uint8)    # makes glibc keep 62 MB of freed memory: 5% faster
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        memory = 8 << 30                        # a system that does not tell
     copies = sum(p.nbytes for p in model.parameters())
-    if copies > memory / 4 or not has_product(model.head.dtype):
+    if copies > machine_memory() / 4 or not has_product(model.head.dtype):
         return
     model.packed_head = _pack(model.head, model.packed_head)
     for m in model.modules():

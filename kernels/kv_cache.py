@@ -9,7 +9,6 @@
 """
 import math
 import mmap
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +16,15 @@ import torch.nn.functional as F
 from fused import PagedWriter
 from paged_attention import paged_attention
 
+def cache_bytes(config, tokens, dtype, int8=False):
+    """Memory of so many tokens in the cache of all layers."""
+    head_bytes = config.head_dim + 4 if int8 else config.head_dim * dtype.itemsize
+    return 2 * config.num_hidden_layers * tokens * config.num_key_value_heads * head_bytes
+
 def _lazy_zeros(shape, dtype):
     """Zeros on a CPU that take memory where they are written to, not where they are read: a slot
     costs what its sequence needs."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    if sys.platform == "linux":
-        flags |= 0x4000                         # MAP_NORESERVE: may be more than there is
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)    # or a token may take 2 MB in each head
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 def default_block_size(device):
@@ -93,12 +92,6 @@ class PagedKVCache:
         self.slot_blocks = [[] for _ in range(slots)]
         self.host_table = torch.zeros(slots, max_blocks, dtype=torch.int32)
         self.block_table = self.host_table.to(device, copy=True)
-
-    @staticmethod
-    def block_bytes(config, block_size, dtype, int8):
-        """Memory of one block."""
-        head_bytes = config.head_dim + 4 if int8 else config.head_dim * dtype.itemsize
-        return 2 * config.num_hidden_layers * block_size * config.num_key_value_heads * head_bytes
 
     def writer(self, slots, positions):
         """Return write(layer, k, v), which stores n tokens at positions (n,) of slots (n,)."""

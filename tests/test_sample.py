@@ -9,7 +9,9 @@ from sample import NOT_FINITE, NOT_FOUND, Sampler, uniforms
 from data.chat import encode_prompt
 from thinksafe import InputError, load_model
 
+import sample
 import sample_tokens as sample_tokens_module
+from kv_cache import cache_bytes
 from sample_tokens import sample_tokens
 
 
@@ -185,6 +187,18 @@ def test_eight_bit_cache(tiny):
     """Close to the 16-bit one: the first tokens, which see a prompt of either kind, are mostly the same."""
     exact, rough = (completions(tiny, 8, sampler=Sampler(*tiny, 8, kv_bits=bits, block_size=16), temperature=0) for bits in (16, 8))
     assert sum(exact[i][0][:8] == rough[i][0][:8] for i in exact) > 0.8 * len(exact)
+
+
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_a_cache_takes_at_most_half_of_the_machines_memory(tiny, monkeypatch, capsys, block_size):
+    """Slots of a CPU and blocks of a Mac become fewer, with the same rows. Without need nothing is said."""
+    want = completions(tiny, 64)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(sample, "machine_memory", lambda: 2 * 5 * cache_bytes(tiny[0].config, 300, torch.float32))
+    sampler = Sampler(*tiny, block_size=block_size)
+    assert completions(tiny, 64, sampler=sampler) == want
+    assert sampler.cache.k.nbytes + sampler.cache.v.nbytes <= sample.machine_memory() / 2
+    assert (f"sampler: {sampler.slots} slots, as one may take" in capsys.readouterr().err) == (block_size is None) == (sampler.slots < len(PROMPTS))
 
 
 def test_equal_prompts_share_a_prefill(tiny, monkeypatch):
