@@ -646,8 +646,8 @@ def load_model(name, device=None, dtype=None, quantize=None):
     the linear layers of the blocks. Raises InputError for anything missing, damaged or
     unsupported."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)                # where Triton launches
+    if device.index:
+        torch.cuda.set_device(device)                # Triton launches on the current one
     dtype = dtype or default_dtype(device.type)
     name, folder = resolve_model(name)
     if (folder / "adapter_config.json").exists():

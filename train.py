@@ -165,16 +165,16 @@ def frozen_reference(model, mixed=False):
 # The training loop
 
 def make_optimizer(name, params, lr, weight_decay):
-    """Return AdamW of torch, or of bitsandbytes with its state in 8 bits."""
+    """Return AdamW (betas 0.9, 0.999) of torch, or of bitsandbytes with its state in 8 bits."""
     params = list(params)
     if name == "adamw":
-        return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay,
-                                 fused=params[0].is_cuda or None)
+        fused = params[0].is_cuda or None
+        return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=fused)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise InputError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
-    return AdamW8bit(params, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+    return AdamW8bit(params, lr=lr, weight_decay=weight_decay)
 
 def learning_rate(step, steps, peak, warmup):
     """Return the learning rate of step 0, 1, ...: linear from 0 to the peak over a share `warmup`

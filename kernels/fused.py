@@ -164,9 +164,6 @@ class PagedWriter(NamedTuple):
     v_scale: torch.Tensor | list
     rows: torch.Tensor
 
-    def where(self, layer):
-        return *(x[layer] for x in self[:4]), self.rows
-
     def __call__(self, layer, k, v):
         for cache, scale, x in ((self.k, self.k_scale, k), (self.v, self.v_scale, v)):
             if scale[layer] is not None:
@@ -234,9 +231,9 @@ def norm_rope(qkv, sizes, weights, eps, cos, sin, layer=0, store=None):
 
     Returns q (T, H, d), and k, v (T, Hkv, d), which are None if the kernel has stored them."""
     if use_kernels(qkv[0], *weights):
-        where = store.where(layer) if isinstance(store, PagedWriter) else None
-        qkv = _NormRope.apply(_joined(qkv), sizes, weights, eps, cos, sin, where)
-        if where:
+        cache = isinstance(store, PagedWriter) and (*(x[layer] for x in store[:4]), store.rows)
+        qkv = _NormRope.apply(_joined(qkv), sizes, weights, eps, cos, sin, cache)
+        if cache:
             return *qkv, None, None
     else:
         qkv = _plain_norm_rope(_parts(qkv, sizes), weights, eps, cos, sin)
