@@ -409,10 +409,11 @@ def train(args, model, tokenizer, config, examples, skipped, loss=None, *, finge
         raise InputError(f"{world} ranks for steps of {n} rows: use fewer, or more --batch-size")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     trainable |= extra_parameters or {}
-    rows = [[example["ids"], example["n_prompt"], example["benign"]] for example in examples]
+    keys = "ids", "n_prompt", "benign", "ce_weight", "kl_weight"
+    rows = [list(map(example.get, keys)) for example in examples]
     fingerprint = {
         "model": model.hash, "dtype": str(model.head.dtype), "template": template_hash(tokenizer),
-        "rows": content_id(json.dumps(rows)),
+        "rows": content_id(json.dumps(rows, default=torch.Tensor.tolist)),
         **{key: value for key, value in config.items() if not (args.full and "lora_" in key)},
         **{key: getattr(args, key) for key in (
             "full", "warmup", "weight_decay", "clip", "optimizer", "seed")}, **(fingerprint or {})}
@@ -427,6 +428,8 @@ def train(args, model, tokenizer, config, examples, skipped, loss=None, *, finge
     fingerprint = json.loads(json.dumps(fingerprint))            # as a checkpoint gives it back
     optimizer = make_optimizer(args.optimizer, trainable.values(), config["lr"], args.weight_decay)
     metrics = resume(args, trainable, optimizer, fingerprint)
+    if len(metrics) == len(batches):
+        print("train: all steps were taken before; another --out for other code")
     if not rank:
         labels = Counter(example["label"] for example in examples)
         stage = Stage("train", args, "metrics.jsonl", fingerprint, model=model.name,

@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, call, killed_at, rows_of
 
 from data import run_record
@@ -262,6 +263,26 @@ def test_deleting_the_metrics_starts_training_again(small, tmp_path):
     (out / "metrics.jsonl").unlink()
     done = call("train.py", "--out", out, "--epochs", 1)
     assert done.json["steps"] == len(rows_of(out / "metrics.jsonl")) == len(rows_of(small / "metrics.jsonl"))
+
+
+def test_other_weights_of_the_loss_are_another_training(small, tmp_path, monkeypatch):
+    """A change of ten lines that changes the weights alone, as numbers or as tensors, is not taken for the run that has ended; the run itself is said
+    to have ended."""
+    import train
+    out, encode = tmp_path / "out", train.encode_rows
+    shutil.copytree(small, out)
+    done = call("train.py", "--out", out, "--epochs", 1)
+    assert done.returncode == 0 and "all steps were taken before" in done.stdout
+    for weigh in (lambda e: 3.0, lambda e: torch.ones(len(e["ids"]) - e["n_prompt"])):
+        def weighed(*args, weigh=weigh, **kw):
+            examples, skipped = encode(*args, **kw)
+            return [{**example, "ce_weight": weigh(example)} for example in examples], skipped
+        with monkeypatch.context() as m:
+            m.setattr(train, "encode_rows", weighed)
+            assert "made with rows" in bad(out, "train.py", "--out", out, "--epochs", 1)
+            assert call("train.py", "--out", tmp_path / "other", "--model", "tiny", "--data", out / "guarded.jsonl", "--epochs", 1).returncode == 0
+            assert "all steps were taken before" in call("train.py", "--out", tmp_path / "other", "--model", "tiny", "--data", out / "guarded.jsonl", "--epochs", 1).stdout
+            shutil.rmtree(tmp_path / "other")
 
 
 def test_nothing_left_after_the_guard(tmp_path):

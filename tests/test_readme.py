@@ -91,6 +91,7 @@ def run_command(command, out, stages, monkeypatch):
         script, *flags = words[words[0] == "python":]
         name = script.removesuffix(".py")
     flags = [str(stages["done"]) if w in ("OTHER", "OUT", "RUN") else TINY.get(w, w) for w in flags if w != "..."]
+    flags = [str(stages["done"] / w[4:]) if w == "out/guarded.jsonl" else w for w in flags]
     for i, word in enumerate(flags[:-1]):
         if word in ("--out", "--limit", "--epochs"):
             flags[i + 1] = {"--out": str(out), "--limit": "8", "--epochs": "2"}[word]
