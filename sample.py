@@ -65,8 +65,9 @@ class Sampler:
     has. A step is a CUDA graph, one for each power of two of running sequences. Cache and graphs
     serve further calls of `generate`.
 
-    kv_bits: 16 (the model's dtype) or 8. num_blocks: the largest number of blocks (default: what
-    fits the GPU's free memory)."""
+    max_num_seqs: slots, at most; a CPU has no more than half of its memory holds. kv_bits: 16 (the
+    model's dtype) or 8. num_blocks: the largest number of blocks (default: what fits the GPU's free
+    memory, elsewhere half of the machine's)."""
 
     def __init__(self, model, tokenizer, max_num_seqs=256, kv_bits=16, block_size=None,
                  num_blocks=None, window=None):

@@ -429,7 +429,7 @@ def train(args, model, tokenizer, config, examples, skipped, loss=None, *, finge
     optimizer = make_optimizer(args.optimizer, trainable.values(), config["lr"], args.weight_decay)
     metrics = resume(args, trainable, optimizer, fingerprint)
     if len(metrics) == len(batches):
-        print("train: all steps were taken before; another --out for other code")
+        print("train: all steps were taken before; changed code wants another --out")
     if not rank:
         labels = Counter(example["label"] for example in examples)
         stage = Stage("train", args, "metrics.jsonl", fingerprint, model=model.name,
