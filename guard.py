@@ -188,11 +188,6 @@ def summarize(guarded):
     counts = {"rows": len(guarded), **labels, "kept": kept, "unknown_because": reasons}
     parts = [", ".join(f"{n} {label}" for label, n in labels.items()), f"kept {kept.total()}"]
     parts += [f"{n} {reason}" for reason, n in reasons.items()]
-    if "verdicts" in guarded[0]:
-        counts["agreed"] = 0
-        for row in guarded:
-            counts["agreed"] += len({v["label"] for v in row["verdicts"].values()}) == 1
-        parts.append(f"they agree on {counts['agreed']}")
     return f"judged {len(guarded)} traces with {guarded[0]['guard']}: " + "; ".join(parts), counts
 
 def parse_args():

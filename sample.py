@@ -240,32 +240,22 @@ class Sampler:
         return batch
 
     def _prefill(self, batch):
-        """Run a batch of sequences, equal ones once, in the slots behind the running ones."""
+        """Run a batch of sequences in the slots behind the running ones."""
         device, first = self.model.device, len(self.running)
         self.running += batch
-        ids = [(*seq.prompt, *seq.tokens) for seq in batch]
         for slot, seq in enumerate(batch, first):
             self.cache.allocate(slot, self._blocks_for(len(seq)))
             # The last window may reach past the last token: it needs spare numbers.
             seq.u = uniforms(self.seed, seq.key, seq.max_tokens + self.window)
         self.cache.upload_block_table()
-        number = {x: i for i, x in enumerate(dict.fromkeys(ids))}      # of the document
-        owner = [number[x] for x in ids]                               # document of each slot
-        tokens, cu = pack_ids(number, device)                          # (T,), (B+1,)
-        places = torch.arange(len(tokens))
-        positions = places - cu[:-1].repeat_interleave(cu.diff())      # (T,)
-        parts = places.split(cu.diff().tolist())
-        source = torch.cat([parts[i] for i in owner])                  # (S,) what each slot stores
-        slots = torch.arange(first, first + len(ids)).repeat_interleave(cu.diff()[owner])    # (S,)
-        positions, source, slots = (x.to(device) for x in (positions, source, slots))
-        write = self.cache.writer(slots, positions[source])
-
-        def store(layer, k, v):
-            write(layer, k[source], v[source])
-        hidden = self.model(tokens, positions=positions, store=store,
+        tokens, cu = pack_ids([(*seq.prompt, *seq.tokens) for seq in batch], device)
+        slots = torch.arange(first, len(self.running)).repeat_interleave(cu.diff())      # (T,)
+        positions = torch.arange(len(tokens)) - cu[:-1].repeat_interleave(cu.diff())     # (T,)
+        slots, positions = slots.to(device), positions.to(device)
+        hidden = self.model(tokens, positions=positions, store=self.cache.writer(slots, positions),
                             attend=packed_attention(cu, device), at=cu[1:].to(device) - 1)
         self._begin_window(batch)
-        self._draw(hidden[owner])
+        self._draw(hidden)
         self._end_window(batch)
 
     def _begin_window(self, seqs):

@@ -776,20 +776,20 @@ def cli(main):
     raise SystemExit(code)
 
 @contextlib.contextmanager
-def progress(what, total, unit, done=0, silent=False):
+def progress(what, total, unit, done=0):
     """Show on stderr how far a stage is: on a terminal a bar, in a log a line every 30 seconds.
     Yields advance(n=1, tokens=0, note=""): call it for n finished units with their tokens, and a
     note to show beside the rate. total, done: units in all, and finished in earlier runs."""
     began = shown_at = time.time()
     now, n_tokens = done, 0
-    with tqdm(total=total, initial=done, unit=unit, desc=what, disable=silent or None) as bar:
+    with tqdm(total=total, initial=done, unit=unit, desc=what, disable=None) as bar:
         def advance(n=1, tokens=0, note=""):
             nonlocal now, shown_at, n_tokens
             now, n_tokens, t = now + n, n_tokens + tokens, time.time()
             rate = f"{n_tokens / max(t - began, 1e-9):,.0f} tokens/s" if n_tokens else ""
             bar.set_postfix_str(", ".join(filter(None, (rate, note))), refresh=False)
             bar.update(n)
-            if bar.disable and not silent and t >= shown_at + 30:
+            if bar.disable and t >= shown_at + 30:
                 shown_at = t
                 print(tqdm.format_meter(now, total, t - began, 0, what, unit=unit, initial=done,
                                         postfix=bar.postfix), file=sys.stderr, flush=True)

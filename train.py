@@ -7,7 +7,6 @@ out/guarded.jsonl -> the student fine-tuned on (original prompt -> own safe trac
     python train.py --quantize nf4         # QLoRA: LoRA on a base in 4 bits
     python train.py --strip-cot harmful    # refusals without their reasoning
     python train.py --data star1           # other rows: a known set, a file, or a set of the hub
-    torchrun --nproc_per_node 4 train.py   # the rows of each step spread over four GPUs
 
 Rows are packed without padding and do not see each other. The loss of a step is summed over its
 target tokens and divided by their number, so packing changes speed, not the loss (up to rounding,
@@ -22,12 +21,10 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from data.benchmarks import describe_rows
 from data.chat import encode_training_pair, normalize_think_tags, rejection_reason, template_hash
 from data.columns import add_column_flags
-from data.ranks import join_ranks, other_ranks
 from data.rows import RowWriter, atomic_path, content_id, refuse_link, write_rows
 from data.run_record import Stage, check_checkpoint, check_fingerprint, read_run, stage_seed
 from data.sources import draw_examples, read_training_rows, take_versions, training_rows
@@ -213,19 +210,11 @@ def save_checkpoint(path, trainable, optimizer, fingerprint, metrics):
                          "again")
 
 def resume(args, trainable, optimizer, fingerprint):
-    """Go on from OUT/checkpoint.pt, if it and OUT/metrics.jsonl are there -> metrics so far. Rank 0
-    decides, and gives the other ranks its first weights."""
-    rank, world = join_ranks(args.device)
-    checkpoint = args.out / "checkpoint.pt"
-    shared = [checkpoint.exists() and (args.out / "metrics.jsonl").exists(), fingerprint]
-    if world > 1:
-        with other_ranks():
-            dist.broadcast_object_list(shared)
-            for parameter in trainable.values():
-                dist.broadcast(parameter.data, 0)
-    if shared[1] != fingerprint:
-        raise InputError(f"rank {rank} has another model, other rows or other flags than rank 0")
-    return load_checkpoint(checkpoint, trainable, optimizer, fingerprint) if shared[0] else []
+    """Go on from OUT/checkpoint.pt, if it and OUT/metrics.jsonl are there -> metrics so far."""
+    path = args.out / "checkpoint.pt"
+    if not (path.exists() and (args.out / "metrics.jsonl").exists()):
+        return []
+    return load_checkpoint(path, trainable, optimizer, fingerprint)
 
 def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fingerprint,
         extra_loss=None, make_batch=None):
@@ -238,24 +227,22 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
     "extra" is added to the logged loss. make_batch: f(step, batch) -> (examples, metrics), for
     methods that make rows at each step. Raises InputError before a step whose loss is not finite.
     """
-    rank, world = join_ranks(args.device)
     start = len(metrics)
-    if not rank:
-        write_rows(args.out / "metrics.jsonl", metrics)
-        writer = RowWriter(args.out / "metrics.jsonl")
+    write_rows(args.out / "metrics.jsonl", metrics)
+    writer = RowWriter(args.out / "metrics.jsonl")
 
     def backward(batch, step):
         """Run forward and backward passes -> sums (4,) of the Losses, {name: extra scalar}."""
-        torch.manual_seed(args.seed * 1_000_003 + step + (rank << 52))   # dropout: exact resuming
+        torch.manual_seed(args.seed * 1_000_003 + step)      # dropout: exact resuming
         n, sums = sum(map(n_targets, batch)), torch.zeros(4, device=args.device)
-        for pack in balance_packs(batch[rank::world], length, args.pack_tokens):
+        for pack in balance_packs(batch, length, args.pack_tokens):
             losses = loss(pack)
             (losses.total / n).backward()
             sums += torch.stack(losses).detach()
         return sums, extra_loss(step, batch) if extra_loss else {}
 
     def gradients(batch, step):
-        """Set the gradients of all ranks, clipped -> sums (4,), extras, and the norm before."""
+        """Set the gradients, clipped -> sums (4,), extras, and the norm before."""
         while True:
             try:
                 sums, extra = backward(batch, step)
@@ -271,20 +258,13 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
                 optimizer.zero_grad(set_to_none=True)
                 free_memory()
                 continue
-            if world > 1:
-                for parameter in trainable.values():             # a rank may have had no row
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                with other_ranks():
-                    for x in (sums, *extra.values(), *(p.grad for p in trainable.values())):
-                        dist.all_reduce(x)
             norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.clip).item()
             if math.isfinite(norm) or model.head.dtype != torch.float16 or model.grad_scale == 1:
                 return sums, extra, norm
             model.grad_scale /= 2                    # float16 overflowed: the step once more
             optimizer.zero_grad(set_to_none=True)
 
-    with progress("train", len(batches), "step", start, silent=rank > 0) as advance:
+    with progress("train", len(batches), "step", start) as advance:
         for step, batch in enumerate(batches[start:], start):
             began = time.time()
             batch, made = make_batch(step, batch) if make_batch else (batch, {})
@@ -306,12 +286,11 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
                             "reverse_kl": reverse_kl, "lr": lr, "grad_norm": norm,
                             "tokens": n_tokens, "targets": targets, **extra, **made,
                             "tokens_per_second": round(n_tokens / (time.time() - began))})
-            if not rank:
-                writer.write(metrics[-1])
-                advance(tokens=n_tokens, note=f"loss {total:.3f}")
-                if (step + 1) % args.save_every == 0 or step + 1 == len(batches):
-                    save_checkpoint(args.out / "checkpoint.pt", trainable, optimizer, fingerprint,
-                                    metrics)
+            writer.write(metrics[-1])
+            advance(tokens=n_tokens, note=f"loss {total:.3f}")
+            if (step + 1) % args.save_every == 0 or step + 1 == len(batches):
+                save_checkpoint(args.out / "checkpoint.pt", trainable, optimizer, fingerprint,
+                                metrics)
     return metrics
 
 # --------------------------------------------------------------------------------------------------
@@ -403,10 +382,7 @@ def train(args, model, tokenizer, config, examples, skipped, loss=None, *, finge
 
     loss (default: cross-entropy), extra_loss, make_batch: see `fit`. fingerprint: what the result
     depends on beyond add_training_flags. extra_parameters: {name: parameter} to train too."""
-    rank, world = join_ranks(args.device)
     loss = loss or functools.partial(packed_loss, model, mixed=is_mixed(args))
-    if world > (n := min(config["batch_size"], len(examples))):
-        raise InputError(f"{world} ranks for steps of {n} rows: use fewer, or more --batch-size")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     trainable |= extra_parameters or {}
     keys = "ids", "n_prompt", "benign", "ce_weight", "kl_weight"
@@ -418,7 +394,7 @@ def train(args, model, tokenizer, config, examples, skipped, loss=None, *, finge
         **{key: getattr(args, key) for key in (
             "full", "warmup", "weight_decay", "clip", "optimizer", "seed")}, **(fingerprint or {})}
     if not args.full and config["lora_dropout"]:     # the masks are drawn pass by pass
-        fingerprint |= {"pack_tokens": args.pack_tokens, "ranks": world}
+        fingerprint["pack_tokens"] = args.pack_tokens
     batches = make_batches(examples, config["batch_size"], config["epochs"], args.seed)
     n, n_benign = len(examples), sum(example["benign"] for example in examples)
     print(escape_control_chars(
@@ -430,24 +406,18 @@ def train(args, model, tokenizer, config, examples, skipped, loss=None, *, finge
     metrics = resume(args, trainable, optimizer, fingerprint)
     if len(metrics) == len(batches):
         print("train: all steps were taken before; changed code wants another --out")
-    if not rank:
-        labels = Counter(example["label"] for example in examples)
-        stage = Stage("train", args, "metrics.jsonl", fingerprint, model=model.name,
-                      sources=take_versions(), labels=dict(sorted(labels.items())))
+    labels = Counter(example["label"] for example in examples)
+    stage = Stage("train", args, "metrics.jsonl", fingerprint, model=model.name,
+                  sources=take_versions(), labels=dict(sorted(labels.items())))
     model.train()
     merge_linear_layers(model)
     metrics = fit(args, config, model, trainable, optimizer, batches, loss, metrics=metrics,
                   fingerprint=fingerprint, extra_loss=extra_loss, make_batch=make_batch)
-    if not rank:
-        write_model(args, model)
-        summary = f"trained {len(batches)} steps on {n} rows, last loss {metrics[-1]['loss']:.4f}"
-        stage.finish(summary, args.out / "model", f"python eval.py --out {args.out}", rows=n,
-                     steps=len(batches), train_tokens=sum(row["tokens"] for row in metrics),
-                     skipped=dict(sorted(skipped.items())))
-    if world > 1:                                    # a rank that leaves early can abort the others
-        with other_ranks():
-            dist.barrier()
-        dist.destroy_process_group()
+    write_model(args, model)
+    summary = f"trained {len(batches)} steps on {n} rows, last loss {metrics[-1]['loss']:.4f}"
+    stage.finish(summary, args.out / "model", f"python eval.py --out {args.out}", rows=n,
+                 steps=len(batches), train_tokens=sum(row["tokens"] for row in metrics),
+                 skipped=dict(sorted(skipped.items())))
 
 def write_model(args, model):
     """Write OUT/model: the adapter, or with --full or --merge a full model."""
@@ -465,7 +435,8 @@ def write_model(args, model):
     else:
         save_lora(model, args.out / "model", name)
 
-def main():
+def main(train=train):
+    """Run the script. train: what trains, such as extras/ranks.py instead."""
     p = make_parser(__doc__)
     g = add_row_flags(p)
     g.add_argument("--strip-cot", choices=("harmful", "all"), help="which rows learn to answer "
@@ -474,7 +445,6 @@ def main():
                    "student instead of cross-entropy")
     add_training_flags(p)
     args = p.parse_args()
-    join_ranks(args.device)
     encode = functools.partial(encode_rows, strip_cot=args.strip_cot, kl=args.kl)
     model, tokenizer, config, examples, skipped = load_examples(args, encode)
     frozen, mixed = model, is_mixed(args)

@@ -15,7 +15,6 @@ of the loss's matrix products, unless the head is trained.
 import functools
 import json
 import os
-import time
 
 import torch
 
@@ -71,9 +70,6 @@ def cached_reference(out, reference, examples, pack_tokens, max_gb, fingerprint)
     def open_file(path):
         size = n_tokens * first.shape[1]
         return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)  # (N, D)
-    rank, _ = train.join_ranks(first.device)
-    while rank and not (path.exists() and record.exists()):
-        time.sleep(1)                                # rank 0 makes it, however long that takes
     if path.exists() and record.exists():
         if record.read_text("utf-8") != json.dumps(fingerprint):
             raise InputError(f"{path} was made by another model or from other rows; delete it to "
@@ -110,7 +106,6 @@ def main():
                    help="largest size of OUT/reference.bin, GB")
     train.add_training_flags(p)
     args = p.parse_args()
-    train.join_ranks(args.device)
     encode = functools.partial(train.encode_rows, strip_cot=args.strip_cot, kl=True)
     model, tokenizer, config, examples, skipped = train.load_examples(args, encode)
     mixed = train.is_mixed(args)

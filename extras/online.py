@@ -41,7 +41,6 @@ from guard import load_guard
 from sample import Sampler, add_sampling_flags
 from data.chat import decode_response, encode_prompt
 from data.generation import sampling_options
-from data.ranks import read_ranks
 from data.run_record import read_run
 from thinksafe import (
     InputError, cli, escape_control_chars, is_harmful, is_tiny, load_model, lora_disabled,
@@ -329,8 +328,6 @@ def parse_args():
             raise InputError(f"--{flag} is for {method}")
     if args.full:
         raise InputError("online methods train LoRA; leave --full out")
-    if read_ranks()[1] > 1:
-        raise InputError("online methods work in one process; start without torchrun")
     return args
 
 def main():

@@ -102,7 +102,6 @@ def safekey_losses(model, heads, examples, mixed=False):
 def make_extra_loss(args, model, heads, first_step):
     """Return the extra_loss(step, batch) of train.train: see train.fit."""
     mixed = train.is_mixed(args)
-    rank, world = train.join_ranks(args.device)
 
     def extra_loss(step, batch):
         keyed = [example for example in batch if "key" in example]
@@ -110,7 +109,7 @@ def make_extra_loss(args, model, heads, first_step):
             return {}
         n_key = sum(example["key"][1] - example["key"][0] for example in keyed)
         sums = torch.zeros(2, device=args.device)
-        for pack in split_packs(keyed[rank::world], train.length, args.pack_tokens):
+        for pack in split_packs(keyed, train.length, args.pack_tokens):
             losses = torch.stack(safekey_losses(model, heads, pack, mixed))
             losses = losses / losses.new_tensor([n_key, len(keyed)])
             (WEIGHT * losses.sum()).backward()
@@ -123,7 +122,6 @@ def main():
     train.add_row_flags(p)
     train.add_training_flags(p)
     args = p.parse_args()
-    train.join_ranks(args.device)
     model, tokenizer, config, examples, skipped = train.load_examples(args, encode_rows)
     keys = [example.get("key") for example in examples]
     if not any(keys):

@@ -39,7 +39,6 @@ def main():
     g.add_argument("--words", default=WORDS, help="how the reasoning is to begin")
     train.add_training_flags(p)
     args = p.parse_args()
-    train.join_ranks(args.device)
 
     def encode(rows, tokenizer, max_length):
         return encode_prompts(rows, tokenizer, max_length, args.words)

@@ -12,7 +12,6 @@ import hashlib
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from fused import tl, triton, use_kernels
 
@@ -26,13 +25,11 @@ def uniforms(seed, key, n):
     return torch.rand(n, generator=generator, dtype=torch.float64)
 
 def _invert_cdf(p, u):
-    """Index (n,) where the running sum of p (n, k) fp64, scaled to end in 1, passes u (n,), and the
-    fraction (n,) of that step below u. The sum ends in exactly 1 and u < 1: p is never 0 there."""
+    """Index (n,) where the running sum of p (n, k) fp64, scaled to end in 1, passes u (n,). The sum
+    ends in exactly 1 and u < 1: p is never 0 there."""
     cdf = p.cumsum(-1)
-    cdf = cdf / cdf[:, -1:]
-    index = torch.searchsorted(cdf, u[:, None], right=True).clamp(max=p.shape[-1] - 1)  # nan: k
-    end, step = cdf.gather(-1, index)[:, 0], (p / p.sum(-1, keepdim=True)).gather(-1, index)[:, 0]
-    return index[:, 0], (1 - (end - u) / step).clamp(0, 1 - 2**-53)
+    index = torch.searchsorted(cdf / cdf[:, -1:], u[:, None], right=True)[:, 0]
+    return index.clamp(max=p.shape[-1] - 1)             # it is k where p has a nan
 
 def sample_tokens(logits, u, temperature, top_p, top_k, max_candidates=1024):
     """Draw one token per row: (n,) int64.
@@ -53,13 +50,9 @@ def sample_tokens(logits, u, temperature, top_p, top_k, max_candidates=1024):
     if temperature == 0:
         best, token = logits.max(-1)
         return token.where(best.isfinite(), NOT_FINITE)
-    if top_k == 0 and top_p >= 1:                       # by blocks of 256: few sums in fp64
-        p = F.pad((logits / temperature).softmax(-1), (0, -V % 256)).unflatten(-1, (-1, 256))
-        mass = p.sum(-1, dtype=torch.float64)           # (n, blocks)
-        block, rest = _invert_cdf(mass, u)
-        in_block = p[torch.arange(len(p), device=p.device), block].double()
-        token = 256 * block + _invert_cdf(in_block, rest)[0]
-        return token.where(mass.sum(-1).isfinite(), NOT_FINITE)
+    if top_k == 0 and top_p >= 1:
+        p = (logits / temperature).softmax(-1).double()
+        return _invert_cdf(p, u).where(p[:, 0].isfinite(), NOT_FINITE)
     best, ids = logits.topk(min(top_k or max_candidates, V))                    # (n, k), falling
     p = ((best - best[:, :1]) / temperature).exp().double()
     total = p.sum(-1)
@@ -68,7 +61,7 @@ def sample_tokens(logits, u, temperature, top_p, top_k, max_candidates=1024):
     before = p.cumsum(-1) - p
     found = before[:, -1] + p[:, -1] >= top_p * total
     p = p.where(before < top_p * total[:, None], 0)     # what came before had not reached top_p yet
-    token = ids.gather(-1, _invert_cdf(p, u)[0][:, None])[:, 0]
+    token = ids.gather(-1, _invert_cdf(p, u)[:, None])[:, 0]
     if not top_k and ids.shape[-1] < V:
         token = token.where(found, NOT_FOUND)
     return token.where(best[:, 0].isfinite(), NOT_FINITE)

@@ -358,12 +358,6 @@ def test_bad_flags(tmp_path, flags, message):
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_one_process(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    done = call("extras.online", *flags_of("opsa", prompts(tmp_path / "prompts.jsonl", 2), tmp_path / "out"))
-    assert done.returncode == 2 and "start without torchrun" in done.stderr and not (tmp_path / "out").exists()
-
-
 def test_without_prompts_or_with_another_tokenizer(tmp_path):
     done = call("extras.online", "opsa", "--model", "tiny", "--out", tmp_path / "out")
     assert done.returncode == 2 and "give prompts with --prompts" in done.stderr

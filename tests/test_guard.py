@@ -538,7 +538,6 @@ def test_several_guards_stopped_and_resumed(tmp_path):
         assert [v["label"] for v in row["verdicts"].values()] == [r["response_label"] for r in each]
         assert [v["p_unsafe"] for v in row["verdicts"].values()] == [r["p_unsafe"] for r in each]
         assert row["keep"] == all(r["keep"] for r in each) and row["guard"] == "self + tiny"
-    assert both.json["agreed"] == sum(a["response_label"] == alone["tiny"][i]["response_label"] for i, a in alone["self"].items())
     flags, stopped = ["--out", tmp_path / "stopped", "--guard", "self", "tiny"], tmp_path / "stopped"
     for lines in (15, 55):                                                  # in the first guard's part of the log, in the second's
         assert killed_at("guard.py", flags, stopped / "verdicts.jsonl", lines) == -signal.SIGKILL

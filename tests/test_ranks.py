@@ -1,4 +1,4 @@
-"""Several processes train one model: torchrun's ranks."""
+"""Several processes train one model: extras/ranks.py."""
 import json
 import os
 import shutil
@@ -14,7 +14,6 @@ from conftest import ROOT, call, rows_of
 from safetensors.torch import load_file, save_file
 
 from data.chat import encode_parts
-from data.ranks import read_ranks
 from data.run_record import read_run
 from thinksafe import load_tokenizer
 
@@ -37,9 +36,9 @@ def training_rows(path, n=40):
 
 
 def torchrun(n, *flags):
-    """torchrun train.py in its own session -> Popen."""
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(ROOT / "train.py"),
-                             *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    """torchrun -m extras.ranks in its own session -> Popen."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), "-m", "extras.ranks",
+                             *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -111,45 +110,9 @@ def test_nan_on_one_rank_stops_all(tries, tmp_path, folders):
         assert not (tmp_path / "out" / "checkpoint.pt").exists() and not rows_of(tmp_path / "out" / "metrics.jsonl")
 
 
-def test_what_ranks_refuse(tries, tmp_path, monkeypatch):
-    rows = training_rows(tmp_path / "rows.jsonl", 4)
-    monkeypatch.setenv("WORLD_SIZE", "2")                                       # without torchrun's other variables
+def test_without_torchrun(tries, tmp_path, monkeypatch):
+    """One line, before a model is loaded."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     with tries("fault"):
-        done = call("train.py", "--out", tmp_path / "out", "--model", "tiny", "--data", rows)
+        done = call("extras.ranks", "--out", tmp_path / "out", "--model", "no/such")
         assert done.returncode == 2 and "start with torchrun" in done.stderr and done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("script", ["train.py", "extras.safepath", "extras.online"])
-def test_ranks_that_are_no_numbers(tries, tmp_path, monkeypatch, script):
-    """Said by name before a model is loaded or another rank is waited for."""
-    for name, value in [(name, value) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") for value in ("abc", "-1", "1e3", "0x2", " ", "2.0", "9" * 5000, "\x1b[2J", "\u0662")] + [("WORLD_SIZE", "0")]:
-        with tries("fault"), monkeypatch.context() as m:
-            m.setenv(name, value)
-            done = call(script, *(["opsa"] if script == "extras.online" else []), "--out", tmp_path / "out", "--model", "no/such")
-            assert done.returncode == 2 and done.stderr.startswith(f"error: {name}=") and done.stderr.count("\n") == 1 and len(done.stderr) < 400 and "\x1b" not in done.stderr
-    for rank in ("2", "7"):
-        with tries("fault"), monkeypatch.context() as m:
-            for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
-                m.setenv(name, value)
-            done = call(script, *(["opsa"] if script == "extras.online" else []), "--out", tmp_path / "out", "--model", "no/such")
-            assert done.returncode == 2 and f"RANK={rank} in the environment is not below WORLD_SIZE=2" in done.stderr
-
-
-def test_ranks_as_they_are_set(tries, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert read_ranks() == (0, 1, 0)
-    for values, found in ((("1", "4", "1"), (1, 4, 1)), (("", "", ""), (0, 1, 0)), (("7", "1", "3"), (7, 1, 3))):        # 7 of 1: alone, all the same
-        with tries("fault"):
-            for name, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), values):
-                monkeypatch.setenv(name, value)
-            assert read_ranks() == found
-
-
-@pytest.mark.parametrize("name, value", [("MASTER_PORT", "abc"), ("MASTER_PORT", "99999999"), ("MASTER_ADDR", None), ("RANK", None)])
-def test_a_meeting_place_that_is_none(tries, tmp_path, monkeypatch, name, value):
-    with tries("fault"):
-        for key, good in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511", name: value}.items():
-            monkeypatch.delenv(key, raising=False) if good is None else monkeypatch.setenv(key, good)
-        done = call("train.py", "--out", tmp_path / "out", "--model", "no/such")
-        assert done.returncode == 2 and "start with torchrun" in done.stderr and done.stderr.count("error: ") == 1
