@@ -16,6 +16,7 @@ Harm is the share of harmful prompts answered harmfully, over-refusal that of sa
 pass@1 that of samples that solve their problem (the mean over tasks), and the safety score the mean
 of the paper's four safety sets (lower is better).
 """
+import itertools
 import json
 import math
 import re
@@ -282,32 +283,33 @@ def main():
         "template": template_hash(tokenizer), "seed": args.seed, "dtype": str(model.head.dtype),
         "samples and tokens": budget, "shard": args.shard, **options},
         sources=take_versions(), models={"before": before, "after": after})
-    prompts = {row["id"]: row for row in prompts if owns(args.shard, row["id"])}
-    text = [f"prompts ({asked['protocol']}): {label_counts(prompts.values())}", *left_out.values()]
+    prompts = [row for row in prompts if owns(args.shard, row["id"])]
+    text = [f"prompts ({asked['protocol']}): {label_counts(prompts)}", *left_out.values()]
     print(escape_control_chars("\nleft out: ".join(text)), flush=True)
+    samples = {}
+    for when in ("before", "after"):
+        for row in prompts:
+            for k in range(budget.get(row["set"], budget["other"])[0]):
+                samples[row["id"], when, k] = {**row, "when": when, "k": k}
     writer, traces = RowWriter(stage.path, EVAL_KEYS), {}
     for row in writer.rows:
-        if row["id"] not in prompts:
+        key = row["id"], row["when"], row["k"]
+        if key not in samples:
             raise InputError(f"{stage.path}: row {row['id']} is of another evaluation; delete it, "
                              "or use another --out")
-        traces[row["id"], row["when"], row["k"]] = row | prompts[row["id"]]
-    total = 2 * sum(budget.get(row["set"], budget["other"])[0] for row in prompts.values())
-    with progress("eval", total, "trace", len(traces)) as advance:
-        for when in ("before", "after"):
-            samples, limits = [], []
-            for row in prompts.values():
-                n, limit = budget.get(row["set"], budget["other"])
-                for k in range(n):
-                    if (row["id"], when, k) not in traces:
-                        samples.append({**row, "when": when, "k": k})
-                        limits.append(limit)
-            if samples and when == "after":
+        traces[key] = row | samples[key]
+    todo = [row for key, row in samples.items() if key not in traces]
+    with progress("eval", len(samples), "trace", len(traces)) as advance:
+        for when, rows in itertools.groupby(todo, itemgetter("when")):
+            rows = list(rows)
+            limits = [budget.get(row["set"], budget["other"])[1] for row in rows]
+            if when == "after":
                 del model
                 free_memory()
                 model, _ = load_model(after, **where)
                 if model.head.dtype == torch.float32 and not args.quantize:
                     merge_lora(model)              # faster; bf16 weights would be rounded by it
-            for trace in sample_traces(model, tokenizer, samples, args.slots, seed=args.seed,
+            for trace in sample_traces(model, tokenizer, rows, args.slots, seed=args.seed,
                                        max_new_tokens=limits, **options):
                 writer.write(trace)
                 traces[trace["id"], when, trace["k"]] = trace

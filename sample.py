@@ -38,7 +38,6 @@ class Completion(NamedTuple):
     index: int                       # of the prompt
     tokens: list                     # sampled ids, the closing eos included
     finish_reason: str               # stop (eos), length (limit, context, cache), prompt_too_long
-    logprobs: list | None            # of the tokens, under softmax(logits / temperature)
 
 @dataclass(eq=False)
 class Sequence:
@@ -48,7 +47,6 @@ class Sequence:
     key: str                         # names the random stream
     u: torch.Tensor | None = None    # the stream: a number in [0, 1) for each token
     tokens: list = field(default_factory=list)       # sampled up to now
-    logprobs: list = field(default_factory=list)
 
     def __len__(self):
         return len(self.prompt) + len(self.tokens)
@@ -76,23 +74,22 @@ class Sampler:
         self.cache = None
         self.cuda = model.device.type == "cuda"
         self.block_size = block_size or default_block_size(model.device)
-        mac = model.device.type == "mps"             # it has no fp64: there a CPU draws
-        self.draw_device = torch.device("cpu") if mac else model.device
+        self.draw_device = model.device if self.cuda else torch.device("cpu")    # Macs lack fp64
         self.window = window or (16 if self.cuda else 1)
         self.prefill_tokens = 16384 if self.cuda else 4096               # in one pass, at most
         model.prepack_weights()
 
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=0.6, top_p=0.95, top_k=20, seed=0,
-                 keys=None, logprobs=False):
+                 keys=None):
         """Yield a Completion for each prompt (a list of token ids), in order of finishing.
 
         max_new_tokens: a number, or a list of one for each prompt. keys: for each prompt a string
         that names the random stream (default: the index). With the same seed and key a prompt gets
-        the same draws in any batch and order. logprobs: return the tokens' log-probabilities too.
-        When the GPU's memory runs out this goes on with half as many slots, and says so. Raises
-        InputError when logits are not finite, or the memory is too small for one slot."""
-        self.options, self.seed, self.with_logprobs = (temperature, top_p, top_k), seed, logprobs
+        the same draws in any batch and order. When the GPU's memory runs out this goes on with half
+        as many slots, and says so. Raises InputError when logits are not finite, or the memory is
+        too small for one slot."""
+        self.options, self.seed = (temperature, top_p, top_k), seed
         self.waiting, self.running, finished = [], [], []
         for i, prompt in enumerate(prompts):
             limit = max_new_tokens[i] if isinstance(max_new_tokens, list) else max_new_tokens
@@ -109,7 +106,7 @@ class Sampler:
             for seq in finished:
                 reason = "length" if seq.tokens else "prompt_too_long"
                 reason = "stop" if set(seq.tokens[-1:]) & self.model.eos_ids else reason
-                yield Completion(seq.index, seq.tokens, reason, seq.logprobs if logprobs else None)
+                yield Completion(seq.index, seq.tokens, reason)
             if not self.waiting and not self.running:
                 return
             finished = None
@@ -178,7 +175,6 @@ class Sampler:
         self.context_lens, self.max_new, self.num_new, self.last_draw = self.state        # views
         self.tokens = torch.zeros(n, self.window + 2, device=device, dtype=torch.long)
         self.u = torch.zeros(n, self.window + 1, device=device, dtype=torch.float64)
-        self.logprobs = torch.zeros(n, self.window + 1, device=device)
 
     def _bytes_for_cache(self):
         """Return the bytes for the cache: what the GPU has left beside twice a prefill and step."""
@@ -252,8 +248,11 @@ class Sampler:
         slots = torch.arange(first, len(self.running)).repeat_interleave(cu.diff())      # (T,)
         positions = torch.arange(len(tokens)) - cu[:-1].repeat_interleave(cu.diff())     # (T,)
         slots, positions = slots.to(device), positions.to(device)
-        hidden = self.model(tokens, positions=positions, store=self.cache.writer(slots, positions),
-                            attend=packed_attention(cu, device), at=cu[1:].to(device) - 1)
+        write = self.cache.writer(slots, positions)
+        hidden = self.model(
+            tokens, positions=positions, attend=packed_attention(cu, device),
+            store=lambda *kv: write(*kv),            # not by the kernel: it would not return them
+            at=cu[1:].to(device) - 1)
         self._begin_window(batch)
         self._draw(hidden)
         self._end_window(batch)
@@ -275,10 +274,8 @@ class Sampler:
             raise InputError("the model's logits are nan or infinite on prompt "
                              f"{seqs[last_draw.index(NOT_FINITE)].key}; its weights are damaged, "
                              "or try --dtype float32")
-        for seq, n, tokens, logprobs in zip(seqs, num_new, self.tokens.tolist(),
-                                            self.logprobs.tolist()):
+        for seq, n, tokens in zip(seqs, num_new, self.tokens.tolist()):
             seq.tokens += tokens[1:n + 1]
-            seq.logprobs += logprobs[:n]
 
     def _decode(self):
         """Sample a window of tokens for all running sequences."""
@@ -288,7 +285,7 @@ class Sampler:
         n = min(n, self.slots)
         self.cache.upload_block_table()
         self._begin_window(self.running)
-        key = n, self.options, self.with_logprobs
+        key = n, self.options
         for _ in range(self.window):
             if not self.cuda:
                 self._step(n)
@@ -320,13 +317,8 @@ class Sampler:
         """Sample a token for each of the first n slots, from hidden (n, D)."""
         n = len(hidden)
         logits = self.model.logits(hidden, hidden.dtype).to(self.draw_device)    # (n, V)
-        at = self.num_new[:n].clone() if self.with_logprobs else None            # (n,)
         slots = Slots(*self.state[1:, :n], self.tokens[:n], self.u[:n])
         draw_tokens(logits, slots, self.eos, *self.options, defer=defer)
-        if self.with_logprobs:
-            scaled = logits.float() / (self.options[0] or 1)
-            chosen = scaled.gather(-1, slots.last_draw.clamp(min=0)[:, None])[:, 0]
-            self.logprobs[self.rows[:n], at] = chosen - scaled.logsumexp(-1)
 
 # --------------------------------------------------------------------------------------------------
 # What other stages use too

@@ -236,6 +236,7 @@ class Decoder(nn.Module):
         self.inv_freq = rope_frequencies(c)          # a plain attribute: it stays in fp32
         self.activation_checkpointing = False        # less memory in training, a third slower
         self.grad_scale = 2.0**16                    # of float16: see train.fit
+        self.mixed = False                           # see train.target_hidden_states
         self.packed_head = None                      # set by prepack_weights
         self.name = self.folder = self.hash = None   # set by load_model, like eos_ids
         self.eos_ids = frozenset()

@@ -51,7 +51,7 @@ def encode_rows(rows, tokenizer, max_length, strip_cot=None, kl=False):
     """Encode rows as training examples -> (examples, Counter of skipped rows by reason). strip_cot:
     "harmful" or "all" rows keep an empty reasoning. kl: the loss of benign examples is the KL to
     the frozen student instead of cross-entropy."""
-    examples, skipped, instructed = [], Counter(), []
+    examples, skipped = [], Counter()
     for row in rows:
         benign = not is_harmful(row["prompt_label"])
         response = normalize_think_tags(row["response"], tokenizer)
@@ -59,10 +59,9 @@ def encode_rows(rows, tokenizer, max_length, strip_cot=None, kl=False):
         if label != "safe" or row.get("keep", True) is not True:
             skipped[str(row.get("reason") or (label if label != "safe" else "not_kept"))] += 1
             continue
-        if has_refusal_instruction(row["instruction"]):      # the student is to refuse without it
-            instructed.append(str(row["id"]))
-            continue
         reason = rejection_reason(response, row.get("finish_reason", "stop"), tokenizer)
+        if has_refusal_instruction(row["instruction"]):      # the student is to refuse without it
+            reason = "has_instruction"
         if "</think>" in response and (strip_cot == "all" or strip_cot == "harmful" and not benign):
             answer = response.rpartition("</think>")[2].lstrip()
             response = f"<think>\n\n</think>\n\n{answer}"
@@ -77,10 +76,6 @@ def encode_rows(rows, tokenizer, max_length, strip_cot=None, kl=False):
         examples.append({
             "id": row["id"], "ids": prompt + target, "n_prompt": len(prompt), "benign": benign,
             "label": row["prompt_label"], "ce_weight": float(not by_kl), "kl_weight": float(by_kl)})
-    if instructed:
-        skipped["has_instruction"] = len(instructed)
-        print(escape_control_chars("skipped, as the refusal instruction still stands in the prompt:"
-                                   f" rows {', '.join(instructed)}"), file=sys.stderr)
     return examples, skipped
 
 def length(example):
@@ -109,18 +104,18 @@ class Losses(NamedTuple):
     kl: torch.Tensor
     reverse_kl: torch.Tensor        # of the methods in extras/online.py
 
-def target_hidden_states(model, examples, mixed=False):
-    """Run one packed pass -> hidden (N, D) that predicts the N target tokens, targets (N,). mixed:
-    bf16 arithmetic on fp32 weights (autocast), and hidden in bf16."""
+def target_hidden_states(model, examples):
+    """Run one packed pass -> hidden (N, D) that predicts the N target tokens, targets (N,). If
+    model.mixed, by bf16 arithmetic on fp32 weights (autocast), and hidden is in bf16."""
     where, start = [], 0
     for example in examples:                         # position i predicts token i + 1
         where += range(start + example["n_prompt"] - 1, start + length(example) - 1)
         start += length(example)
     tokens, cu_seqlens = pack_ids([example["ids"] for example in examples], model.device)
     where = torch.tensor(where).to(model.device, non_blocking=True)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.mixed):
         hidden = model(tokens, cu_seqlens)[where]                                # (N, D)
-    return hidden.bfloat16() if mixed else hidden, tokens[where + 1]
+    return hidden.bfloat16() if model.mixed else hidden, tokens[where + 1]
 
 def target_weights(examples, key, device):
     """Return the weights (N,) fp32 of the targets. An example has a number, or one per target."""
@@ -128,7 +123,7 @@ def target_weights(examples, key, device):
                for example in examples]
     return torch.cat(weights).to(device, non_blocking=True)
 
-def packed_loss(model, examples, reference=None, ref_head=None, mixed=False):
+def packed_loss(model, examples, reference=None, ref_head=None):
     """Return the Losses of one packed pass. A target has the loss
 
         ce_weight * -log p(target)  +  kl_weight * KL(reference || p)
@@ -136,7 +131,7 @@ def packed_loss(model, examples, reference=None, ref_head=None, mixed=False):
     reference: f(the examples whose kl_weight, one number, is not 0; they have no ce_weight) ->
     hidden states (M, D) of the frozen student at their targets, or what linear_ce_kl takes instead.
     ref_head: its head, if trained."""
-    hidden, targets = target_hidden_states(model, examples, mixed)               # (N, D), (N,)
+    hidden, targets = target_hidden_states(model, examples)                      # (N, D), (N,)
     ce_weight = target_weights(examples, "ce_weight", hidden.device)
     kl_weight = target_weights(examples, "kl_weight", hidden.device)
     ref_hidden, rows = None, kl_weight != 0
@@ -144,18 +139,18 @@ def packed_loss(model, examples, reference=None, ref_head=None, mixed=False):
         of_asked = reference(asked).to(hidden)
         ref_hidden = hidden.new_zeros(len(hidden), of_asked.shape[1])
         ref_hidden[rows] = of_asked
-    head = model.head.to(hidden.dtype) if mixed else model.head
+    head = model.head.to(hidden.dtype) if model.mixed else model.head
     loss = linear_ce_kl(hidden, head, targets, ce_weight, ref_hidden,
                         kl_weight if asked else None, ref_head if asked else None)    # (N,)
     plain = loss.detach()
     return Losses(loss.sum(), plain.where(~rows, 0).sum(), (plain / kl_weight).where(rows, 0).sum(),
                   plain.new_zeros(()))
 
-def frozen_reference(model, mixed=False):
+def frozen_reference(model):
     """Return f(examples) -> hidden states (N, D) of a model with its LoRA layers switched off."""
     def reference(examples):
         with torch.no_grad(), lora_disabled(model):
-            return target_hidden_states(model, examples, mixed)[0]
+            return target_hidden_states(model, examples)[0]
     return reference
 
 # --------------------------------------------------------------------------------------------------
@@ -182,8 +177,11 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 def load_checkpoint(path, trainable, optimizer, fingerprint):
-    """Load OUT/checkpoint.pt into the parameters and the optimizer -> metrics of the steps so far.
-    Raises InputError for a checkpoint that is damaged or of another run."""
+    """Go on from OUT/checkpoint.pt, if it and OUT/metrics.jsonl are there: load the parameters and
+    the optimizer -> metrics of the steps so far. Raises InputError for a checkpoint that is damaged
+    or of another run."""
+    if not (path.exists() and path.with_name("metrics.jsonl").exists()):
+        return []
     try:
         refuse_link(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -209,20 +207,13 @@ def save_checkpoint(path, trainable, optimizer, fingerprint, metrics):
         raise InputError(f"{path}: cannot be written ({e}); make room and run the same command "
                          "again")
 
-def resume(args, trainable, optimizer, fingerprint):
-    """Go on from OUT/checkpoint.pt, if it and OUT/metrics.jsonl are there -> metrics so far."""
-    path = args.out / "checkpoint.pt"
-    if not (path.exists() and (args.out / "metrics.jsonl").exists()):
-        return []
-    return load_checkpoint(path, trainable, optimizer, fingerprint)
-
 def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fingerprint,
         extra_loss=None, make_batch=None):
     """Train to the last step -> metrics of all steps. Every step is a line of OUT/metrics.jsonl,
     and every --save-every steps there is a checkpoint.
 
     trainable: {name: parameter}. batches: the examples of each optimizer step. loss: f(examples of
-    one packed pass) -> Losses. metrics: of the steps that were taken before; see `resume`.
+    one packed pass) -> Losses. metrics: of the steps that were taken before.
     extra_loss: f(step, batch) runs a backward pass of its own and returns {name: scalar}, of which
     "extra" is added to the logged loss. make_batch: f(step, batch) -> (examples, metrics), for
     methods that make rows at each step. Raises InputError before a step whose loss is not finite.
@@ -243,26 +234,22 @@ def fit(args, config, model, trainable, optimizer, batches, loss, *, metrics, fi
 
     def gradients(batch, step):
         """Set the gradients, clipped -> sums (4,), extras, and the norm before."""
-        while True:
-            try:
-                sums, extra = backward(batch, step)
-            except torch.OutOfMemoryError as e:
-                if model.activation_checkpointing:
-                    raise InputError(f"step {step + 1}: out of GPU memory, though activations are "
-                                     "recomputed; use fewer --pack-tokens, --quantize nf4, or, if "
-                                     f"one row is too long, a smaller --max-length ({e})")
-                sums = None
-            if sums is None:                         # outside of the handler its tensors are gone
-                print("out of GPU memory: from here on activations are recomputed", file=sys.stderr)
-                model.activation_checkpointing = True
-                optimizer.zero_grad(set_to_none=True)
-                free_memory()
-                continue
+        try:
+            sums, extra = backward(batch, step)
             norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.clip).item()
             if math.isfinite(norm) or model.head.dtype != torch.float16 or model.grad_scale == 1:
                 return sums, extra, norm
-            model.grad_scale /= 2                    # float16 overflowed: the step once more
-            optimizer.zero_grad(set_to_none=True)
+            model.grad_scale /= 2                    # float16 overflowed
+        except torch.OutOfMemoryError as e:
+            if model.activation_checkpointing:
+                raise InputError(f"step {step + 1}: out of GPU memory, though activations are "
+                                 "recomputed; use fewer --pack-tokens, --quantize nf4, or, if "
+                                 f"one row is too long, a smaller --max-length ({e})")
+            print("out of GPU memory: from here on activations are recomputed", file=sys.stderr)
+            model.activation_checkpointing = True
+        optimizer.zero_grad(set_to_none=True)        # outside of the handler its tensors are gone
+        free_memory()
+        return gradients(batch, step)                # once more
 
     with progress("train", len(batches), "step", start) as advance:
         for step, batch in enumerate(batches[start:], start):
@@ -356,10 +343,20 @@ def load_student(args, run, defaults=None):
     torch.manual_seed(args.seed)
     if args.full:
         model.requires_grad_(True)
+        model.mixed = default_dtype(args.device) == torch.bfloat16
     else:
         add_lora(model, config["lora_r"], config["lora_alpha"], config["lora_dropout"],
                  config["lora_targets"].split(","))
     return model, tokenizer, config
+
+def frozen_student(args, model):
+    """Return the student as it was: with LoRA the model itself, see `frozen_reference`."""
+    if not args.full:
+        return model
+    frozen, _ = load_model(model.name, args.device, model.head.dtype)
+    frozen.mixed = model.mixed
+    merge_linear_layers(frozen)
+    return frozen
 
 def load_examples(args, encode, read=training_rows):
     """Read rows, load the student, encode rows -> (model, tokenizer, config, examples, skipped).
@@ -373,16 +370,13 @@ def load_examples(args, encode, read=training_rows):
     examples = draw_examples(examples, skipped, args.limit, args.seed)
     return model, tokenizer, config, examples, skipped
 
-def is_mixed(args):                                  # fp32 weights, computing in bf16
-    return args.full and default_dtype(args.device) == torch.bfloat16
-
 def train(args, model, tokenizer, config, examples, skipped, loss=None, *, fingerprint=None,
           extra_loss=None, extra_parameters=None, make_batch=None):
     """Run the stage: fit the student to examples, write OUT/model, end the record in run.json.
 
     loss (default: cross-entropy), extra_loss, make_batch: see `fit`. fingerprint: what the result
     depends on beyond add_training_flags. extra_parameters: {name: parameter} to train too."""
-    loss = loss or functools.partial(packed_loss, model, mixed=is_mixed(args))
+    loss = loss or functools.partial(packed_loss, model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     trainable |= extra_parameters or {}
     keys = "ids", "n_prompt", "benign", "ce_weight", "kl_weight"
@@ -403,7 +397,7 @@ def train(args, model, tokenizer, config, examples, skipped, loss=None, *, finge
         + "".join(f"; skipped {count} {why}" for why, count in sorted(skipped.items()))))
     fingerprint = json.loads(json.dumps(fingerprint))            # as a checkpoint gives it back
     optimizer = make_optimizer(args.optimizer, trainable.values(), config["lr"], args.weight_decay)
-    metrics = resume(args, trainable, optimizer, fingerprint)
+    metrics = load_checkpoint(args.out / "checkpoint.pt", trainable, optimizer, fingerprint)
     if len(metrics) == len(batches):
         print("train: all steps were taken before; changed code wants another --out")
     labels = Counter(example["label"] for example in examples)
@@ -447,12 +441,9 @@ def main(train=train):
     args = p.parse_args()
     encode = functools.partial(encode_rows, strip_cot=args.strip_cot, kl=args.kl)
     model, tokenizer, config, examples, skipped = load_examples(args, encode)
-    frozen, mixed = model, is_mixed(args)
-    if args.full and args.kl:
-        frozen, _ = load_model(model.name, args.device, model.head.dtype)
-        merge_linear_layers(frozen)
-    loss = functools.partial(packed_loss, model, reference=frozen_reference(frozen, mixed),
-                             ref_head=None if frozen is model else frozen.head, mixed=mixed)
+    frozen = frozen_student(args, model) if args.kl else model
+    loss = functools.partial(packed_loss, model, reference=frozen_reference(frozen),
+                             ref_head=None if frozen is model else frozen.head)
     train(args, model, tokenizer, config, examples, skipped, loss,
           fingerprint={"kl": args.kl, "strip_cot": args.strip_cot})
 

@@ -21,10 +21,9 @@ import torch
 import train
 from data.chat import template_hash
 from data.rows import atomic_path, content_id, write_atomic
-from thinksafe import InputError, bounded, cli, load_model, make_parser, progress, split_packs
+from thinksafe import InputError, bounded, cli, make_parser, progress, split_packs
 
 from linear_ce_kl import linear_ce_kl
-from merged_linear import merge_linear_layers
 
 def with_head_mean(reference, head):
     """Return f(examples) -> (N, 2D): what `reference` says, h (N, D), and softmax(h W^T) W for the
@@ -108,18 +107,16 @@ def main():
     args = p.parse_args()
     encode = functools.partial(train.encode_rows, strip_cot=args.strip_cot, kl=True)
     model, tokenizer, config, examples, skipped = train.load_examples(args, encode)
-    mixed = train.is_mixed(args)
-    frozen = load_model(model.name, args.device, model.head.dtype)[0] if args.full else model
-    reference = train.frozen_reference(frozen, mixed)
+    frozen = train.frozen_student(args, model)
+    reference = train.frozen_reference(frozen)
     if args.device == "cuda" and not args.full:
         reference = with_head_mean(reference, frozen.head)
-    merge_linear_layers(frozen)
     reference = cached_reference(
         args.out, reference, examples, args.pack_tokens, args.gb,
         {"model": model.hash, "dtype": str(model.head.dtype),
-         "template": template_hash(tokenizer), "mixed": mixed})
+         "template": template_hash(tokenizer), "mixed": model.mixed})
     loss = functools.partial(train.packed_loss, model, reference=reference,
-                             ref_head=frozen.head if args.full else None, mixed=mixed)
+                             ref_head=frozen.head if args.full else None)
     train.train(args, model, tokenizer, config, examples, skipped, loss,
                 fingerprint={"kl": True, "strip_cot": args.strip_cot, "cached_reference": True})
 

@@ -21,7 +21,7 @@ import torch
 
 import train
 from data.chat import decode_text
-from thinksafe import balance_packs, cli, escape_control_chars, load_model, make_parser
+from thinksafe import balance_packs, cli, escape_control_chars, make_parser
 
 from linear_ce_kl import PLAIN_ROWS, GPU_BUFFER
 from merged_linear import merge_linear_layers
@@ -33,7 +33,7 @@ def stored_bytes(tensors):
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-def activation_bytes(model, examples, mixed=False):
+def activation_bytes(model, examples):
     """Measure the bytes that a packed pass keeps for its backward pass -> (all, of one layer).
 
     Autograd is watched as it asks for them. Only the first two layers run: the second is like all
@@ -48,7 +48,7 @@ def activation_bytes(model, examples, mixed=False):
             kept.append(tensor)
             return tensor
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            train.target_hidden_states(model, examples, mixed)
+            train.target_hidden_states(model, examples)
         return stored_bytes(t for t in kept if t.untyped_storage().data_ptr() not in weights)
     try:
         one, two = kept_by(1), kept_by(2)
@@ -137,9 +137,7 @@ def main():
     shown = {"student": model.name, "device": args.device, **config,
              "pack_tokens": args.pack_tokens}
     print(escape_control_chars("\n".join(f"{key:16}{value}" for key, value in shown.items())))
-    models = [model]
-    if args.kl and args.full:
-        models.append(load_model(model.name, args.device, model.head.dtype)[0])
+    models = {model, train.frozen_student(args, model) if args.kl else model}
     packs = []
     for batch in train.make_batches(examples, config["batch_size"], config["epochs"], args.seed):
         packs += balance_packs(batch, train.length, args.pack_tokens)
@@ -147,7 +145,7 @@ def main():
                             key=lambda pair: pair[0])
     model.train()
     merge_linear_layers(model)
-    activations = activation_bytes(model, largest, args.full and model.device.type == "cuda")
+    activations = activation_bytes(model, largest)
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     plan = memory_plan(model, largest, sizes, args.optimizer, activations, args.kl)
     weights = stored_bytes(t for m in models for t in (*m.parameters(), *m.buffers()))

@@ -242,10 +242,10 @@ class Online:
         rollouts = [None] * len(examples)
         sampler = Sampler(self.model, self.tokenizer, self.slots)
         prompt_ids = [example["ids"] for example in examples]
-        for c in sampler.generate(prompt_ids, **options, logprobs=True):
+        for c in sampler.generate(prompt_ids, **options):
             rollouts[c.index] = {
                 **examples[c.index], "ids": prompt_ids[c.index] + c.tokens,
-                "logprobs": c.logprobs or [], "cut": c.finish_reason != "stop",
+                "cut": c.finish_reason != "stop",
                 "response": decode_response(self.tokenizer, c.tokens, self.model.eos_ids)}
         return rollouts
 
@@ -261,10 +261,7 @@ class Online:
             for states in (self.student, self.reference))
         weights, kls = grpo_weights(advantages(rewards, self.n), log_p, log_ref)
         rollouts = [{**rollout, "ce_weight": w} for rollout, w in zip(rollouts, weights)]
-        sampled = torch.tensor(sum((rollout["logprobs"] for rollout in rollouts), []))
-        gap = (torch.cat(log_p) - sampled).abs()     # of trainer and sampler
-        return rollouts, {**metrics, "kl": torch.cat(kls).mean().item(),
-                          "logprob_gap": gap.mean().item(), "logprob_gap_max": gap.max().item()}
+        return rollouts, {**metrics, "kl": torch.cat(kls).mean().item()}
 
     def make_batch(self, step, prompts):
         """Make what a step trains on -> (rollouts of the prompts with their weights, metrics)."""

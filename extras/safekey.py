@@ -70,24 +70,24 @@ def encode_rows(rows, tokenizer, max_length):
             example["key"] = n_prompt + key[0], n_prompt + key[1]
     return examples, skipped
 
-def safekey_losses(model, heads, examples, mixed=False):
+def safekey_losses(model, heads, examples):
     """Return SafeKey's two losses on examples with a "key": scalars, the first summed over the
     tokens of the key sentences, the second over the examples.
 
     heads: two linear layers (D -> 1). One reads the mean hidden state of the understanding, the
-    other that of all up to the end of the understanding. mixed: see train.target_hidden_states."""
+    other that of all up to the end of the understanding."""
     # The prompt is left out instead of masked. This is the same, as rotary positions count only by
     # their differences.
     blind = []
     for example in examples:
         n_prompt, (start, end) = example["n_prompt"], example["key"]
         blind.append({"ids": example["ids"][n_prompt:end], "n_prompt": start - n_prompt})
-    hidden, targets = train.target_hidden_states(model, blind, mixed)
+    hidden, targets = train.target_hidden_states(model, blind)
     masked_key = linear_ce_kl(hidden, model.head.to(hidden.dtype), targets).sum()
 
     up_to_key = [example["ids"][:example["key"][0]] for example in examples]
     tokens, cu = pack_ids(up_to_key, model.device)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.mixed):
         hidden = model(tokens, cu)                                               # (T, D)
     whole = [h.float() for h in hidden.split(cu.diff().tolist())]
     understanding = [h[example["n_prompt"]:] for h, example in zip(whole, examples)]
@@ -101,8 +101,6 @@ def safekey_losses(model, heads, examples, mixed=False):
 
 def make_extra_loss(args, model, heads, first_step):
     """Return the extra_loss(step, batch) of train.train: see train.fit."""
-    mixed = train.is_mixed(args)
-
     def extra_loss(step, batch):
         keyed = [example for example in batch if "key" in example]
         if step < first_step or not keyed:
@@ -110,7 +108,7 @@ def make_extra_loss(args, model, heads, first_step):
         n_key = sum(example["key"][1] - example["key"][0] for example in keyed)
         sums = torch.zeros(2, device=args.device)
         for pack in split_packs(keyed, train.length, args.pack_tokens):
-            losses = torch.stack(safekey_losses(model, heads, pack, mixed))
+            losses = torch.stack(safekey_losses(model, heads, pack))
             losses = losses / losses.new_tensor([n_key, len(keyed)])
             (WEIGHT * losses.sum()).backward()
             sums += losses.detach()

@@ -11,10 +11,9 @@ import math
 import mmap
 
 import torch
-import torch.nn.functional as F
 
 from fused import PagedWriter
-from paged_attention import paged_attention
+from paged_attention import grouped_attention, paged_attention
 
 def cache_bytes(config, tokens, dtype, int8=False):
     """Memory of so many tokens in the cache of all layers."""
@@ -54,13 +53,10 @@ class ContiguousKVCache:
     def attention(self, context_lens):
         """Return attend(layer, q) for the first n slots, which hold context_lens (n,) >= 1."""
         n, longest = len(context_lens), int(context_lens.max())
-        visible = torch.arange(longest) < context_lens[:, None, None, None]     # (n, 1, 1, longest)
 
         def attend(layer, q):
-            # The query heads of a kv head stand in the place of query positions: nothing is copied.
-            q = q.unflatten(1, (self.k.shape[2], -1))                           # (n, Hkv, G, d)
             k, v = self.k[layer, :n, :, :longest], self.v[layer, :n, :, :longest]
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).flatten(1, 2)
+            return grouped_attention(q, k, v, context_lens)
         return attend
 
     def move(self, source, slot, length):

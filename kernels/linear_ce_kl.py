@@ -57,25 +57,19 @@ NEAR = 0.1              # nats of KL below which alpha = 0 costs accuracy
 def _plain_dlogits(head, ref_head, hidden, targets, ce_weight, ref_hidden, kl_weight):
     """The definition, in fp32: the loss (n,) of n tokens and the gradient to the logits (n, V), of
     head, ref_head (V, D), hidden, ref_hidden (n, D) or None, and the others (n,)."""
-    targets = targets[:, None]
     x = mm(hidden, head.T)                                                      # (n, V)
     x -= x.amax(1, keepdim=True)
-    x_target = x.gather(1, targets)[:, 0]
-    if ref_hidden is None:
-        dlogits = x.exp_()
-        total = dlogits.sum(1)
-        loss = ce_weight * (total.log() - x_target)
-        dlogits *= (ce_weight / total)[:, None]
-    else:
+    dlogits, targets = x.exp(), targets[:, None]
+    total = dlogits.sum(1)
+    loss = ce_weight * (total.log() - x.gather(1, targets)[:, 0])
+    dlogits *= ((ce_weight + kl_weight) / total)[:, None]
+    if ref_hidden is not None:
         x_ref = mm(_split_reference(hidden, ref_hidden)[0], ref_head.T)
         x_ref -= x_ref.amax(1, keepdim=True)
         e_ref = x_ref.exp()
-        x_ref -= x
-        dlogits = x.exp_()
-        total, total_ref = dlogits.sum(1), e_ref.sum(1)
-        kl = x_ref.mul_(e_ref).sum(1) / total_ref + (total / total_ref).log()
-        loss = ce_weight * (total.log() - x_target) + kl_weight * kl
-        dlogits *= ((ce_weight + kl_weight) / total)[:, None]
+        total_ref = e_ref.sum(1)
+        kl = x_ref.sub_(x).mul_(e_ref).sum(1) / total_ref + (total / total_ref).log()
+        loss += kl_weight * kl
         dlogits -= e_ref.mul_((kl_weight / total_ref)[:, None])
     return loss, dlogits.scatter_add_(1, targets, -ce_weight[:, None])
 
@@ -279,6 +273,7 @@ def _batches(use_kernel, head, inputs, todo):
             max_rows = max(128, int(free / row_bytes) // 128 * 128)
         rows = (todo & ((kl_weight != 0) == with_kl)).nonzero()[:, 0]
         for i in rows.split(max_rows) if len(rows) else ():
+            assert with_kl == (ref is not None), "a kl_weight needs ref_hidden"
             h, r = (t if t is None else t[i].to(head.dtype).contiguous() for t in (hidden, ref))
             yield i, (h, targets[i].long(), ce_weight[i], r, kl_weight[i])
 
@@ -366,27 +361,16 @@ def linear_ce_kl(hidden, head, targets, ce_weight=None, ref_hidden=None, kl_weig
     Differentiates with respect to hidden, and to head if it requires a gradient, once. All else is
     constant. Computes in the wider dtype of hidden and head with sums in fp32; on a CPU in fp32;
     with a frozen head of fp16, for GPUs that have nothing better, in that, and not by the kernel.
-    Raises ValueError if shapes or dtypes do not fit, or if a kl_weight that is not 0 comes without
-    ref_hidden or ref_hidden without kl_weight."""
+    A kl_weight that is not 0 needs ref_hidden."""
     N, D = hidden.shape
-    for name, t, shape in (
-            ("head", head, (len(head), D)), ("targets", targets, (N,)),
-            ("ce_weight", ce_weight, (N,)),
-            ("ref_hidden", ref_hidden if ref_hidden is None else ref_hidden[:, :D], (N, D)),
-            ("kl_weight", kl_weight, (N,)), ("ref_head", ref_head, head.shape)):
-        if t is not None and t.shape != shape:
-            raise ValueError(f"{name} is {tuple(t.shape)}, hidden {N, D} needs {tuple(shape)}")
-    dtypes = hidden.dtype, head.dtype
-    known = {torch.bfloat16, torch.float16, torch.float32}
-    if set(dtypes) - known or targets.is_floating_point():
-        raise ValueError(f"hidden and head are {dtypes}, targets {targets.dtype}; needs bfloat16, "
-                         "float16 or float32, and integers")
-    has_kl = kl_weight is not None and (ref_hidden is not None or (kl_weight != 0).any())
-    if has_kl != (ref_hidden is not None):
-        raise ValueError("ref_hidden and kl_weight need each other")
     on_gpu, half = hidden.is_cuda or INTERPRET, head.dtype == torch.float16
+    assert {hidden.dtype, head.dtype} <= {torch.bfloat16, torch.float16, torch.float32}
+    assert head.shape[1] == D and targets.shape == (N,) and not targets.is_floating_point()
+    assert all(t is None or t.shape == (N,) for t in (ce_weight, kl_weight))
+    assert ref_hidden is None or ref_hidden.shape in ((N, D), (N, 2 * D))
+    assert ref_head is None or ref_head.shape == head.shape
     use_kernel = triton is not None and on_gpu and not half
-    dtype = torch.promote_types(*dtypes) if use_kernel else torch.float32
+    dtype = torch.promote_types(hidden.dtype, head.dtype) if use_kernel else torch.float32
     dtype = torch.float16 if on_gpu and half and not head.requires_grad else dtype
     zeros = hidden.new_zeros(N, dtype=torch.float32)
     ce_weight = zeros + 1 if ce_weight is None else ce_weight.detach().float()

@@ -24,6 +24,13 @@ import torch.nn.functional as F
 
 from fused import tl, triton, use_kernels
 
+def grouped_attention(q, k, v, context_lens):
+    """Attention of one query per sequence (n, H, d) to k and v (n, Hkv, longest, d)."""
+    visible = torch.arange(k.shape[2], device=q.device) < context_lens[:, None, None, None]
+    # The query heads of a kv head stand in the place of query positions: no copies of k and v.
+    q = q.unflatten(1, (k.shape[1], -1))                                        # (n, Hkv, G, d)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).flatten(1, 2)
+
 def _plain(q, k, v, block_table, context_lens, k_scale, v_scale):
     """The definition, by gathering the blocks of each sequence."""
     longest = int(context_lens.max())
@@ -34,13 +41,7 @@ def _plain(q, k, v, block_table, context_lens, k_scale, v_scale):
         if scale is not None:
             x = x.to(q.dtype) * scale[blocks].flatten(1, 2)[:, :longest, :, None].to(q.dtype)
         return x.transpose(1, 2)
-
-    visible = torch.arange(longest, device=q.device) < context_lens[:, None]    # (n, longest)
-    # The query heads of a kv head stand in the place of query positions: no copies of k and v.
-    grouped = q.unflatten(1, (k.shape[2], -1))                                  # (n, Hkv, G, d)
-    out = F.scaled_dot_product_attention(
-        grouped, gather(k, k_scale), gather(v, v_scale), attn_mask=visible[:, None, None])
-    return out.flatten(1, 2)
+    return grouped_attention(q, gather(k, k_scale), gather(v, v_scale), context_lens)
 
 if triton is not None:
     @triton.jit

@@ -25,7 +25,7 @@ class Bigram(torch.nn.Module):
     def __init__(self, table):
         super().__init__()
         self.hidden = torch.nn.Parameter(torch.tensor(table))
-        self.head, self.device = torch.eye(3), torch.device("cpu")
+        self.head, self.device, self.mixed = torch.eye(3), torch.device("cpu"), False
 
     def forward(self, tokens, cu):
         return self.hidden[tokens]
@@ -211,19 +211,18 @@ def test_reward_is_probability_of_safe_plus_format():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_sampler_sees_what_the_optimizer_did_to_lora(folders, dtype):
-    """One Sampler, LoRA changed in place beneath it (on a CPU in bf16 the base weights lie packed): its log-probabilities are those
-    that the trainer finds for the same tokens, before and after, and not the same."""
+    """One Sampler, LoRA changed in place beneath it (on a CPU in bf16 the base weights lie packed): its most likely tokens are those
+    that the trainer finds, before and after."""
     model, tokenizer = load_model(folders("qwen3")[1], "cpu", dtype)
     torch.manual_seed(0)
     add_lora(model, 4, 8, 0.0, ("q_proj", "v_proj", "up_proj"))
     sampler, prompt, seen = Sampler(model, tokenizer, 4), [5, 6, 7], []
     for _ in range(2):
-        c, = sampler.generate([prompt], 24, T, 1.0, 0, logprobs=True)
+        c, = sampler.generate([prompt], 24, 0)
         item = {"ids": prompt + c.tokens, "n_prompt": 3}
         mine, = token_logprobs(states(model), [item], model.head, T, 100)
-        base, = token_logprobs(states(model), [item], model.head, 1.0, 100)
-        apart = (torch.tensor(c.logprobs) - mine).abs().max()
-        assert apart < (1e-4 if dtype == torch.float32 else 0.2) and apart < 0.1 * (mine - base).abs().max()
+        logits = model.logits(states(model)([item])) / T
+        assert (logits.log_softmax(-1).amax(-1) - mine).max() < (1e-5 if dtype == torch.float32 else 0.1)
         with lora_disabled(model):
             seen.append((token_logprobs(states(model), [item], model.head, T, 100)[0] - mine).abs().max())
         with torch.no_grad():

@@ -270,13 +270,10 @@ def test_sampling_by_the_kernels(folders, kernels, monkeypatch):
         sampler = Sampler(*model, 2, block_size=16, num_blocks=4, window=2)
         found = [sorted(sampler.generate(prompts, 4, **options))]
         cache = sampler.cache
-        found.append(sorted(sampler.generate(prompts[1:], 2, logprobs=True, **options)))
+        found.append(sorted(sampler.generate(prompts[1:], 2, **options)))
         assert sampler.cache is cache
         runs.append(found)
-    for one, other in zip(*runs):
-        for a, b in zip(one, other):
-            assert a[:3] == b[:3]
-            assert a.logprobs is None or torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+    assert runs[0] == runs[1]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -583,22 +583,6 @@ def test_the_log_says_what_was_read(tmp_path, guard):
     assert {row["reason"] for row in log.values()} == {None, "length", "spoofs_guard"}
 
 
-def test_a_folder_of_an_earlier_version(tmp_path):
-    """guarded.jsonl without a log: judged anew if the command is the same, refused and left alone if it is another."""
-    assert call("sample.py", "--out", tmp_path, "--limit", 20).returncode == 0 and call("guard.py", "--out", tmp_path).returncode == 0
-    judged, log, record = (tmp_path / name for name in ("guarded.jsonl", "verdicts.jsonl", "run.json"))
-    before = judged.read_bytes()
-    log.unlink()
-    record.write_text(record.read_text().replace('"fingerprint"', '"identity"'))
-    for flags in (["--threshold", 0.4], ["--guard", "self"], ["--guard", "tiny", "self"], ["--keep", "unanimous"]):
-        done = call("guard.py", "--out", tmp_path, *flags)
-        assert done.returncode == 2 and "guarded.jsonl was made with" in done.stderr
-        assert judged.read_bytes() == before and not log.exists()
-    assert call("guard.py", "--out", tmp_path).returncode == 0
-    assert judged.read_bytes() == before and len(rows_of(log)) == 20
-    (tmp_path / "run.json").unlink()
-    assert "run python sample.py" in call("guard.py", "--out", tmp_path).stderr and judged.read_bytes() == before
-
 
 def test_oracle():
     assert world.oracle("vanilla_harmful", STEPS) == "unsafe" and world.oracle("vanilla_benign", STEPS) == "safe"

@@ -100,11 +100,6 @@ def test_log_probabilities_are_those_of_transformers(tiny):
         theirs = hf(ids[None]).logits[0].log_softmax(-1)
         at = torch.arange(len(prompt) - 1, len(ids) - 1)
         torch.testing.assert_close(ours[at, ids[at + 1]], theirs[at, ids[at + 1]], atol=1e-3, rtol=0)
-    found = list(Sampler(model, tokenizer, 3).generate([prompt] * 5, 30, temperature=0.7, logprobs=True))
-    for c in found:                                                         # and those that the sampler gives itself
-        ids = torch.tensor(prompt + c.tokens)
-        theirs = (hf(ids[None]).logits[0, len(prompt) - 1:-1] / 0.7).log_softmax(-1)
-        torch.testing.assert_close(torch.tensor(c.logprobs), theirs.gather(1, torch.tensor(c.tokens)[:, None])[:, 0], atol=1e-3, rtol=0)
 
 
 def test_limits_are_recorded(tiny):
@@ -201,18 +196,14 @@ def test_a_cache_takes_at_most_half_of_the_machines_memory(tiny, monkeypatch, ca
     assert (f"sampler: {sampler.slots} slots, as one may take" in capsys.readouterr().err) == (block_size is None) == (sampler.slots < len(PROMPTS))
 
 
-def test_equal_prompts_share_a_prefill(tiny, monkeypatch):
-    model, tokenizer = tiny
+def test_equal_prompts_have_draws_of_their_own(tiny):
+    _, tokenizer = tiny
     ids = [encode_prompt(tokenizer, PROMPTS[0]), encode_prompt(tokenizer, PROMPTS[1])]
     prompts, options = [ids[0]] * 5 + [ids[1]] + [ids[0]] * 3, dict(max_new_tokens=40, seed=3)
     alone = [next(iter(Sampler(*tiny).generate([p], keys=[str(i)], **options))).tokens for i, p in enumerate(prompts)]
-    seen, forward = [], type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, tokens, *a, **k: seen.append(len(tokens)) or forward(self, tokens, *a, **k))
     for block_size in (None, 16):
-        seen.clear()
         found = {c.index: c.tokens for c in Sampler(*tiny, 9, block_size=block_size).generate(prompts, **options)}
         assert [found[i] for i in range(9)] == alone and len(set(map(tuple, alone))) > 5
-        assert seen[0] == len(ids[0]) + len(ids[1])
 
 
 @pytest.mark.parametrize("block_size", [None, 16])

@@ -233,6 +233,7 @@ def test_optimizer_state_survives_a_checkpoint(optimizer, tmp_path):
     metrics = [{"step": i + 1, "loss": 1.0, "tokens": 5} for i in range(3)]
     state = {"fingerprint": {"a": 1}, "metrics": metrics, "optimizer": opt.state_dict(), "params": {n: p.detach() for n, p in params.items()}}
     torch.save(state, tmp_path / "state")
+    (tmp_path / "metrics.jsonl").write_text("")
     step(params, opt, 3)
     again, opt2 = fresh()
     assert load_checkpoint(tmp_path / "state", again, opt2, {"a": 1}) == metrics

@@ -1415,7 +1415,7 @@ def test_an_imitation_is_not_trained_on(undisturbed, tries, tmp_path):
 
 
 @pytest.mark.parametrize("wording", [w for w in REFUSAL_INSTRUCTIONS if w != "none"])
-def test_rows_with_the_refusal_instruction_are_not_trained_on(tries, tmp_path, capsys, wording):
+def test_rows_with_the_refusal_instruction_are_not_trained_on(tries, wording):
     tokenizer = tiny_tokenizer()
     for change in (str, str.upper, lambda t: t.replace(" ", "\n  "), lambda t: f"Please. {t} Thanks.", lambda t: t.replace("Prompt:", "")):
         with tries("attack"):
@@ -1423,8 +1423,6 @@ def test_rows_with_the_refusal_instruction_are_not_trained_on(tries, tmp_path, c
                     for i, t in (("fine", "The prompt is harmful? Refuse."), ("told\x1b[2J", change(add_refusal_instruction("How do I poison a teacher?", wording))))]
             examples, skipped = train.encode_rows(rows, tokenizer, 2048)
             assert [example["id"] for example in examples] == ["fine"] and skipped == {"has_instruction": 1}
-            err = capsys.readouterr().err
-            assert r"told\x1b[2J" in err and printable(err)
 
 
 # ---------------------------------------------------------------------------------------------
