@@ -226,7 +226,9 @@ def main():
         "samples": content_id(json.dumps([trace for trace in traces if trace["k"] < n]))}
     tokenizer = load_tokenizer(resolve_model(student).folder)
     path, log_path = args.out / "guarded.jsonl", args.out / "verdicts.jsonl"
-    stage = Stage("guard", args, log_path.name, fingerprint, guard=names[0], guards=names)
+    earlier = path.exists() and not log_path.exists()          # a folder of an earlier version
+    stage = Stage("guard", args, path.name if earlier else log_path.name, fingerprint,
+                  guard=names[0], guards=names)
     log = RowWriter(log_path, verdict_of(names))
     for name, (form, folder, _) in guards.items():   # one guard in memory at a time
         judged = {trace_key(row) for row in log.rows if row["guard"] == name}

@@ -6,7 +6,7 @@ train.py by several processes: the rows of each step spread over the GPUs of a m
 Each process (rank) holds the whole model, and runs train.py on its part of each pass. Gradients and
 losses are summed, so the result is that of one process, but for dropout masks and rounding. Rank 0
 writes OUT. When one rank stops, torchrun ends all, and the same command goes on from the last
-checkpoint, as does train.py.
+checkpoint, as does train.py. Without torchrun this is train.py.
 """
 import contextlib
 import os
@@ -58,7 +58,7 @@ def train_together(args, model, *parts, **options):
 
 def main():
     if not dist.is_torchelastic_launched():
-        raise InputError("start with torchrun --nproc_per_node N -m extras.ranks")
+        return train.main()                          # one process: as train.py
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()

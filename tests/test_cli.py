@@ -20,7 +20,8 @@ from thinksafe import progress
 
 CORE = ("sample", "guard", "train", "eval")
 EXTRAS = tuple(f"extras.{name}" for name in (
-    "online", "safekey", "safepath", "theory", "compare", "report", "chat", "export", "memory", "merge", "cached_kl", "retry", "perplexity"))
+    "online", "safekey", "safepath", "theory", "compare", "report", "chat", "export", "memory", "merge", "cached_kl", "retry", "perplexity",
+    "ranks"))
 SCRIPTS = CORE + EXTRAS
 
 
@@ -130,7 +131,7 @@ UNITS = ("token", "row", "prompt", "trace", "sequence", "step", "pass", "share",
 def test_every_flag_is_read_and_says_what_it_is(script, monkeypatch):
     flags = [action for action in parser_of(script, monkeypatch)._actions if action.dest != "help"]
     unread = {action.dest for action in flags} - flags_read(script)
-    if script == "extras.memory":                                     # which is run with the flags of train.py, whatever they are
+    if script in ("extras.memory", "extras.ranks"):                   # which are run with the flags of train.py, whatever they are
         unread -= flags_read("train")
     assert flags and not unread
     for action in flags:

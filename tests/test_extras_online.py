@@ -280,7 +280,7 @@ def test_it_improves_what_it_aims_at(tmp_path, method, key, n):
     record = json.loads((out / "run.json").read_text())["train"]
     assert record["fingerprint"]["online"] == method
     if method == "grpo":
-        assert record["fingerprint"]["rollouts"] == 8 and all(row["logprob_gap"] <= row["logprob_gap_max"] < 1e-3 for row in steps)
+        assert record["fingerprint"]["rollouts"] == 8
         assert all(abs(row["reward"] - row["p_safe"] - row["format"]) < 1e-5 for row in steps) and steps[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert len(lora_tensors(load_model(out / "model", "cpu")[0])) == len(load_file(out / "model" / "adapter_model.safetensors"))
     assert f"fine-tuned with {method.upper()}" in str(model_card(out))

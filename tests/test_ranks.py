@@ -110,9 +110,9 @@ def test_nan_on_one_rank_stops_all(tries, tmp_path, folders):
         assert not (tmp_path / "out" / "checkpoint.pt").exists() and not rows_of(tmp_path / "out" / "metrics.jsonl")
 
 
-def test_without_torchrun(tries, tmp_path, monkeypatch):
-    """One line, before a model is loaded."""
+def test_without_torchrun_it_is_train(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    with tries("fault"):
-        done = call("extras.ranks", "--out", tmp_path / "out", "--model", "no/such")
-        assert done.returncode == 2 and "start with torchrun" in done.stderr and done.stderr.count("\n") == 1
+    flags = "--model", "tiny", "--data", training_rows(tmp_path / "rows.jsonl", 4), "--epochs", 1
+    ok("extras.ranks", "--out", tmp_path / "a", *flags)
+    ok("train.py", "--out", tmp_path / "b", *flags)
+    assert [row["loss"] for row in rows_of(tmp_path / "a" / "metrics.jsonl")] == [row["loss"] for row in rows_of(tmp_path / "b" / "metrics.jsonl")]

@@ -49,7 +49,7 @@ def test_every_flag_is_one_of_a_script():
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README))
     scripts = [f"{name}.py" for name in CORE] + [f"extras.{name}" for name in EXTRAS]
     known = set(re.findall(r"--[a-z][a-z0-9-]+", "".join(call(name, "--help").stdout for name in scripts)))
-    others = {"--rounds", "--no-deps", "--nproc_per_node", "--enable-lora", "--lora-modules", "--max-lora-rank", "--max_length"}
+    others = {"--rounds", "--no-deps", "--nproc", "--enable-lora", "--lora-modules", "--max-lora-rank", "--max_length"}
     trl = {flag for flag in said if any(line.startswith("trl sft") and flag in line for _, text in BLOCKS
                                         for line in text.replace("\\\n", "").splitlines())}
     assert said - known - others - trl == set()

@@ -175,7 +175,7 @@ def test_a_request_larger_than_the_whole_cache(tiny):
         model.eos_ids = eos
     assert sorted(found) == [0, 1, 2, 3, 4] and [len(found[i].tokens) for i in (0, 2, 3)] == [20, 20, 20]
     assert found[1].finish_reason == "length" and 100 < len(found[1].tokens) < 192
-    assert found[4] == (4, [], "prompt_too_long", None)
+    assert found[4] == (4, [], "prompt_too_long")
 
 
 def test_eight_bit_cache(tiny):
