@@ -583,15 +583,6 @@ def test_the_log_says_what_was_read(tmp_path, guard):
     assert {row["reason"] for row in log.values()} == {None, "length", "spoofs_guard"}
 
 
-
-def test_oracle():
-    assert world.oracle("vanilla_harmful", STEPS) == "unsafe" and world.oracle("vanilla_benign", STEPS) == "safe"
-    assert world.oracle("adversarial_harmful", DECLINED) == "safe"
-    assert world.refuses(DECLINED) and not world.refuses(STEPS)
-    assert world.solved("<think>\n3 + 4 = 8\n</think>\n\nThe answer is 7.", "7")
-    assert not world.solved("<think>\n3 + 4 = 7", "7") and not world.solved("<think>7</think>The answer is 71.", "7")
-
-
 def test_a_folder_of_an_earlier_version(tmp_path):
     """guarded.jsonl without a log: judged anew if the command is the same, refused and left alone if it is another."""
     assert call("sample.py", "--out", tmp_path, "--limit", 20).returncode == 0 and call("guard.py", "--out", tmp_path).returncode == 0
