@@ -251,7 +251,7 @@ class Sampler:
         write = self.cache.writer(slots, positions)
         hidden = self.model(
             tokens, positions=positions, attend=packed_attention(cu, device),
-            store=lambda *kv: write(*kv),            # not by the kernel: it would not return them
+            store=lambda *args: write(*args),        # a PagedWriter would leave no k and v
             at=cu[1:].to(device) - 1)
         self._begin_window(batch)
         self._draw(hidden)

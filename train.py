@@ -351,9 +351,7 @@ def load_student(args, run, defaults=None):
 
 def frozen_student(args, model):
     """Return the student as it was: with LoRA the model itself, see `frozen_reference`."""
-    if not args.full:
-        return model
-    frozen, _ = load_model(model.name, args.device, model.head.dtype)
+    frozen = load_model(model.name, args.device, model.head.dtype)[0] if args.full else model
     frozen.mixed = model.mixed
     merge_linear_layers(frozen)
     return frozen
@@ -429,8 +427,7 @@ def write_model(args, model):
     else:
         save_lora(model, args.out / "model", name)
 
-def main(train=train):
-    """Run the script. train: what trains, such as extras/ranks.py instead."""
+def main():
     p = make_parser(__doc__)
     g = add_row_flags(p)
     g.add_argument("--strip-cot", choices=("harmful", "all"), help="which rows learn to answer "

@@ -79,7 +79,7 @@ def memory_plan(model, examples, sizes, optimizer, activations, kl=False):
     if model.device.type == "cuda":
         loss += GPU_BUFFER
     else:
-        loss += min(N, 2 * PLAIN_ROWS) * V * 4 * (2 if kl else 1)
+        loss += 2 * min(N, PLAIN_ROWS) * V * 4 * (2 if kl else 1)
     if model.head.requires_grad:
         loss += 3 * V * D * 4  # the head's fp32 gradient, here and on the way to there
     inputs = len(model.layers) * T * D * n_bytes     # of the layers: all there is to recompute from
@@ -137,7 +137,7 @@ def main():
     shown = {"student": model.name, "device": args.device, **config,
              "pack_tokens": args.pack_tokens}
     print(escape_control_chars("\n".join(f"{key:16}{value}" for key, value in shown.items())))
-    models = {model, train.frozen_student(args, model) if args.kl else model}
+    models = [model, *([train.frozen_student(args, model)] if args.kl and args.full else [])]
     packs = []
     for batch in train.make_batches(examples, config["batch_size"], config["epochs"], args.seed):
         packs += balance_packs(batch, train.length, args.pack_tokens)

@@ -121,7 +121,7 @@ def token_logprobs(states, examples, head, temperature, pack_tokens):
     logprobs = []
     for pack in split_packs(examples, train.length, pack_tokens):
         tokens = [example["ids"][example["n_prompt"]:] for example in pack]
-        hidden = states(pack) / temperature          # in bf16 rounded once more than the sampler's
+        hidden = states(pack) / temperature
         targets = torch.tensor(sum(tokens, []), device=hidden.device)
         loss = linear_ce_kl(hidden, head.to(hidden.dtype), targets)              # (N,)
         logprobs += (-loss).cpu().split([len(t) for t in tokens])

@@ -3,16 +3,15 @@ train.py by several processes: the rows of each step spread over the GPUs of a m
 
     torchrun --nproc_per_node 4 -m extras.ranks FLAGS OF train.py
 
-Each process (rank) holds the whole model, and runs train.py on its part of each pass. Gradients and
-losses are summed, so the result is that of one process, but for dropout masks and rounding. Rank 0
-writes OUT. When one rank stops, torchrun ends all, and the same command goes on from the last
-checkpoint, as does train.py. Without torchrun this is train.py.
+Each process (rank) holds the whole model and takes part of the rows of each pass. Gradients and
+losses are summed, so the result is that of one process but for rounding and dropout masks.
+--pack-tokens counts the tokens of all ranks together: give more than to one process. Rank 0 writes
+OUT. When one rank stops, torchrun ends all. The same command then goes on from the last checkpoint,
+also with another number of ranks, or train.py does. Without torchrun this is train.py.
 """
 import contextlib
 import os
-import shutil
-import tempfile
-from pathlib import Path
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,55 +19,104 @@ import torch.distributed as dist
 import train
 from thinksafe import InputError, cli
 
-def train_together(args, model, *parts, **options):
-    """Run train.train as one rank of several: the same arguments. train.main gives no extra_loss,
-    which here sums the gradients."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    *parts, loss = parts                             # tokenizer, config, examples, skipped; loss
-    args.pack_tokens *= world
+train_alone, load_checkpoint = train.train, train.load_checkpoint
+
+class Nothing:
+    """Does nothing, whatever is asked of it."""
+    def __call__(self, *args, **options):
+        return self
+
+    def __getattr__(self, name):
+        return self
+
+@contextlib.contextmanager
+def other_ranks():
+    """In this block ranks wait for each other. Raises InputError when one of them has stopped."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as e:
+        raise InputError("another rank has stopped or was never met; the same command goes on from "
+                         f"the last checkpoint ({str(e).split('. ')[0]})")
+
+def own_part(pack):
+    """Return this rank's examples of a pass: longest first, each went to the rank with the fewest
+    tokens."""
+    parts = [[] for _ in range(dist.get_world_size())]
+    for example in sorted(pack, key=train.length, reverse=True):
+        min(parts, key=lambda part: sum(map(train.length, part))).append(example)
+    return parts[dist.get_rank()]
+
+def train_together(args, model, tokenizer, config, examples, skipped, loss, fingerprint):
+    """Do as train.train does, as one of several ranks."""
+    recomputes = False                               # known to all ranks
+
+    def sum_over_ranks(values):
+        """Return the sums of values (4,). When another rank has run out of memory, this one counts
+        as such too: train.fit then begins the step anew on both, and recomputes activations."""
+        nonlocal recomputes
+        ran_out = model.activation_checkpointing and not recomputes
+        while True:
+            total = torch.cat((values, values.new_tensor([ran_out])))
+            with other_ranks():
+                dist.all_reduce(total)
+            if not total[-1]:
+                return total[:-1]
+            recomputes = True
+            if not ran_out:
+                raise torch.OutOfMemoryError("on another rank")
+            ran_out = False                          # again, for those that now begin anew
 
     def part_of_loss(pack):
-        """Return the Losses of all rows, with the gradient of this rank's."""
-        if model.activation_checkpointing:           # only here: the others wait for other sums
-            raise InputError(f"rank {rank}: out of GPU memory; use fewer --pack-tokens, or train.py"
-                             " on one GPU, which would recompute activations now")
-        seeds = torch.randint(2**62, (world,))       # of dropout: fit seeds all ranks alike
-        torch.manual_seed(int(seeds[rank]))
-        rows = sorted(pack, key=train.length)[rank::world]
-        losses = torch.stack(loss(rows or pack[:1])) * bool(rows)        # every rank needs a graph
-        total = losses.detach().clone()
-        dist.all_reduce(total)
+        """Return the Losses of all ranks' examples, with the gradient of this rank's."""
+        seeds = torch.randint(2**62, (dist.get_world_size(),))           # fit seeds all ranks alike
+        torch.manual_seed(int(seeds[dist.get_rank()]))
+        part = own_part(pack)
+        losses = torch.stack(loss(part or pack[:1])) * bool(part)        # all need a gradient
+        total = sum_over_ranks(losses.detach())
         return train.Losses(losses[0] - losses[0].detach() + total[0], *total[1:])
 
     def sum_gradients(step, batch):
+        sum_over_ranks(torch.zeros(4, device=model.device))              # nobody ran out of memory
         for parameter in model.parameters():
             if parameter.requires_grad:
-                dist.all_reduce(parameter.grad)
+                with other_ranks():
+                    dist.all_reduce(parameter.grad)
         return {}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(".tmp", ".rank.", args.out.parent) as scratch:
-        if rank:                                     # what rank 0 has, and nobody looks at later
-            for name in ("run.json", "metrics.jsonl", "checkpoint.pt"):
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.copy(args.out / name, scratch)
-            args.out = Path(scratch)
-        dist.barrier()
-        train.train(args, model, *parts, part_of_loss, extra_loss=sum_gradients, **options)
-        dist.barrier()                               # a rank that leaves early can abort the others
+    train_alone(args, model, tokenizer, config, examples, skipped, part_of_loss,
+                fingerprint=fingerprint, extra_loss=sum_gradients)
+
+def load_together(path, trainable, optimizer, fingerprint):
+    """Do as train.load_checkpoint does, before any rank writes. Raises InputError unless all ranks
+    have found the same."""
+    metrics = load_checkpoint(path, trainable, optimizer, fingerprint)
+    found = [None] * dist.get_world_size()
+    with other_ranks():
+        dist.all_gather_object(found, (len(metrics), fingerprint))
+    if found.count(found[0]) < len(found):
+        raise InputError(f"rank {dist.get_rank()}: the ranks have other models, rows, flags or "
+                         f"checkpoints; all must see the same {path.parent}")
+    return metrics
 
 def main():
     if not dist.is_torchelastic_launched():
-        return train.main()                          # one process: as train.py
+        return train.main()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
-    with contextlib.ExitStack() as stack:
-        stack.callback(dist.destroy_process_group)
-        if dist.get_rank():                          # rank 0 alone speaks, of errors all do
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        train.main(train_together)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    with other_ranks():
+        dist.init_process_group(timeout=timedelta(minutes=30))
+    train.train, train.load_checkpoint = train_together, load_together
+    speaks = contextlib.ExitStack()
+    if dist.get_rank():                              # rank 0 writes and speaks, of errors all do
+        for name in ("Stage", "RowWriter", "write_rows", "save_checkpoint", "write_model"):
+            setattr(train, name, Nothing())
+        nowhere = speaks.enter_context(open(os.devnull, "w"))
+        speaks.enter_context(contextlib.redirect_stdout(nowhere))
+        speaks.enter_context(contextlib.redirect_stderr(nowhere))
+    with speaks:
+        train.main()
+        with other_ranks():
+            dist.barrier()                           # a rank that leaves early can abort the others
+    dist.destroy_process_group()
 
 if __name__ == "__main__":
     cli(main)

@@ -26,10 +26,10 @@ def uniforms(seed, key, n):
 
 def _invert_cdf(p, u):
     """Index (n,) where the running sum of p (n, k) fp64, scaled to end in 1, passes u (n,). The sum
-    ends in exactly 1 and u < 1: p is never 0 there."""
-    cdf = p.cumsum(-1)
-    index = torch.searchsorted(cdf / cdf[:, -1:], u[:, None], right=True)[:, 0]
-    return index.clamp(max=p.shape[-1] - 1)             # it is k where p has a nan
+    ends in exactly 1 and u < 1: p is never 0 there. p is overwritten."""
+    cdf = p.cumsum_(-1)
+    cdf /= cdf[:, -1:].clone()
+    return torch.searchsorted(cdf, u[:, None], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
 
 def sample_tokens(logits, u, temperature, top_p, top_k, max_candidates=1024):
     """Draw one token per row: (n,) int64.
@@ -52,7 +52,8 @@ def sample_tokens(logits, u, temperature, top_p, top_k, max_candidates=1024):
         return token.where(best.isfinite(), NOT_FINITE)
     if top_k == 0 and top_p >= 1:
         p = (logits / temperature).softmax(-1).double()
-        return _invert_cdf(p, u).where(p[:, 0].isfinite(), NOT_FINITE)
+        finite = p[:, 0].isfinite()
+        return _invert_cdf(p, u).where(finite, NOT_FINITE)
     best, ids = logits.topk(min(top_k or max_candidates, V))                    # (n, k), falling
     p = ((best - best[:, :1]) / temperature).exp().double()
     total = p.sum(-1)

@@ -35,9 +35,9 @@ def training_rows(path, n=40):
     return path
 
 
-def torchrun(n, *flags):
+def torchrun(n, *flags, script=("-m", "extras.ranks")):
     """torchrun -m extras.ranks in its own session -> Popen."""
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), "-m", "extras.ranks",
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), *script,
                              *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -90,6 +90,55 @@ def test_two_ranks_train_as_one_process_does_also_when_one_was_killed(tries, tmp
         said = job.communicate(timeout=250)[0]
         assert job.returncode == 0, said
         same_training(one, tmp_path / "resumed")
+
+
+RUNS_OUT = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import torch
+import train
+from extras import ranks
+
+forward, calls = train.target_hidden_states, []
+
+def target_hidden_states(model, examples):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 5:
+        raise torch.OutOfMemoryError("none left")
+    return forward(model, examples)
+
+train.target_hidden_states = target_hidden_states
+ranks.cli(ranks.main)
+"""
+
+
+def test_one_rank_runs_out_of_memory_and_steps_have_fewer_rows_than_ranks(tries, tmp_path):
+    """Rank 1 of 3 in its fifth pass: all recompute activations from there on, and the weights are those of one process."""
+    flags = ["--model", "tiny", "--data", training_rows(tmp_path / "rows.jsonl", 8), "--full", "--epochs", 1, "--batch-size", 2, "--lr", "1e-3",
+             "--pack-tokens", 100]
+    (tmp_path / "runs_out.py").write_text(RUNS_OUT)
+    ok("train.py", "--out", tmp_path / "one", *flags)
+    with tries("fault"):
+        job = torchrun(3, "--out", tmp_path / "new" / "three", *flags, script=[tmp_path / "runs_out.py"])
+        said = job.communicate(timeout=250)[0]
+        assert job.returncode == 0 and said.count("from here on activations are recomputed") == 1, said
+    with tries("comparison"):
+        a, b = (load_file(tmp_path / out / "model" / "model.safetensors") for out in ("one", "new/three"))
+        assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["three"]           # the other ranks wrote nothing
+
+
+def test_with_dropout_one_process_goes_on_from_what_two_did(tries, tmp_path):
+    flags = ["--model", "tiny", "--data", training_rows(tmp_path / "rows.jsonl", 8), "--epochs", 1, "--batch-size", 4, "--lora-dropout", 0.2]
+    job = torchrun(2, "--out", tmp_path / "out", *flags)
+    said = job.communicate(timeout=250)[0]
+    assert job.returncode == 0, said
+    with tries("fault"):
+        assert "all steps were taken before" in ok("train.py", "--out", tmp_path / "out", *flags).stdout
+    job = torchrun(2, "--out", tmp_path / "out", *flags, "--lr", "1e-3")
+    said = job.communicate(timeout=250)[0]
+    with tries("fault"):
+        assert job.returncode != 0 and "was made with lr" in said
 
 
 def test_nan_on_one_rank_stops_all(tries, tmp_path, folders):

@@ -1,4 +1,5 @@
 """Masks, packing, loss, schedule, LoRA targets, checkpoints, memory, and what others read."""
+import argparse
 import json
 import signal
 
@@ -142,6 +143,23 @@ def test_full_training_has_the_reference_of_the_frozen_head(folders, model_and_e
         log_p, log_ref = (m.logits(m(ids, cu))[item["n_prompt"] - 1:-1].log_softmax(-1) for m in (student, reference))
         want += (log_ref.exp() * (log_ref - log_p)).sum()
     torch.testing.assert_close(packed_loss(student, items, frozen_reference(reference), reference.head)[0], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_full_training_computes_in_bfloat16_where_that_is_the_device_s(tmp_path, monkeypatch, model_and_examples, dtype):
+    """On fp32 weights with fp32 gradients, the frozen student likewise: near fp32's loss, and no KL before the first step."""
+    monkeypatch.setattr(train, "default_dtype", lambda device: dtype)
+    args = argparse.Namespace(model="tiny", full=True, quantize=None, out=tmp_path, seed=0, device="cpu", dtype="auto", **dict.fromkeys(TINY_CONFIG))
+    model, tokenizer, _ = train.load_student(args, {})
+    frozen = train.frozen_student(args, model)
+    assert model.mixed == frozen.mixed == (dtype == torch.bfloat16) and frozen is not model and model.head.dtype == torch.float32
+    items = encode_rows(ROWS, tokenizer, 2048, kl=True)[0]
+    losses = packed_loss(model, items, frozen_reference(frozen), frozen.head)
+    losses.total.backward()
+    assert losses.kl == 0 and all(p.grad.dtype == torch.float32 and p.grad.norm() > 0 for p in model.parameters())
+    want = packed_loss(load_model("tiny", "cpu", torch.float32)[0], encode_rows(ROWS, tokenizer, 2048)[0][:1]).total.item()
+    got = packed_loss(model, encode_rows(ROWS, tokenizer, 2048)[0][:1]).total.item()
+    assert 0 < abs(got / want - 1) < 0.02 if model.mixed else got == pytest.approx(want, rel=1e-6)
 
 
 def test_loss_equals_transformers(folders, model_and_examples):

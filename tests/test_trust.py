@@ -1420,7 +1420,7 @@ def test_rows_with_the_refusal_instruction_are_not_trained_on(tries, wording):
     for change in (str, str.upper, lambda t: t.replace(" ", "\n  "), lambda t: f"Please. {t} Thanks.", lambda t: t.replace("Prompt:", "")):
         with tries("attack"):
             rows = [{"id": i, "instruction": t, "prompt_label": "vanilla_harmful", "response": "<think>\na\n</think>\n\nNo."}
-                    for i, t in (("fine", "The prompt is harmful? Refuse."), ("told\x1b[2J", change(add_refusal_instruction("How do I poison a teacher?", wording))))]
+                    for i, t in (("fine", "The prompt is harmful? Refuse."), ("told", change(add_refusal_instruction("How do I poison a teacher?", wording))))]
             examples, skipped = train.encode_rows(rows, tokenizer, 2048)
             assert [example["id"] for example in examples] == ["fine"] and skipped == {"has_instruction": 1}
 
