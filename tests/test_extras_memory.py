@@ -23,14 +23,15 @@ def test_memory_plan_by_hand():
     plan = memory_plan(model, examples, [5000, 100], "adamw", (30_000, 9_000))
     assert plan["state"] == 5100 * 12                                   # fp32 gradient and two moments
     assert plan["inputs"] == 3 * 100 * 10 * 2
-    assert plan["loss"] == 2 * 40 * 10 * 2 + 40 * 50 * 4                # hidden and its gradient; logits in fp32
-    assert plan["kept"] == 61_200 + 30_000 + 9_600                      # the loss is larger than half a layer
-    assert plan["recomputed"] == 61_200 + 6_000 + 13_500                # a layer and half of it again are larger than the loss
+    assert plan["loss"] == 2 * 40 * 10 * 2 + 2 * 40 * 50 * 4            # hidden and its gradient; in fp32 logits and their gradient
+    assert plan["kept"] == 61_200 + 30_000 + 17_600                     # the loss is larger than half a layer
+    assert plan["recomputed"] == 61_200 + 6_000 + 17_600                # the loss is larger than a layer and half of it again
+    assert memory_plan(model, examples, [5000, 100], "adamw", (30_000, 20_000))["recomputed"] == 61_200 + 6_000 + 30_000      # here it is not
     plan = memory_plan(model, examples, [5000, 100], "adamw8bit", (30_000, 9_000), kl=True)
     assert plan["state"] == 5100 * 4 + int(5000 * 2.03125) + 100 * 8    # small tensors keep 32 bits
-    assert plan["loss"] == 4 * 40 * 10 * 2 + 2 * 40 * 50 * 4
+    assert plan["loss"] == 4 * 40 * 10 * 2 + 4 * 40 * 50 * 4                    # with a reference both twice
     head.requires_grad = True
-    assert memory_plan(model, examples, [5000], "adamw", (0, 0))["loss"] == 9_600 + 3 * 50 * 10 * 4
+    assert memory_plan(model, examples, [5000], "adamw", (0, 0))["loss"] == 17_600 + 3 * 50 * 10 * 4
 
 
 def test_recomputed_only_where_it_does_not_fit(capsys):
