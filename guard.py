@@ -186,8 +186,8 @@ def summarize(guarded):
     reasons = Counter(sorted(row["reason"] for row in guarded if row["reason"]))
     kept = Counter(sorted(row["prompt_label"] for row in guarded if row["keep"]))
     counts = {"rows": len(guarded), **labels, "kept": kept, "unknown_because": reasons}
-    parts = [", ".join(f"{n} {label}" for label, n in labels.items()), f"kept {kept.total()}"]
-    parts += [f"{n} {reason}" for reason, n in reasons.items()]
+    parts = [", ".join(f"{n} {label}" for label, n in labels.items()), f"kept {kept.total()}",
+             *(f"{n} {reason}" for reason, n in reasons.items())]
     return f"judged {len(guarded)} traces with {guarded[0]['guard']}: " + "; ".join(parts), counts
 
 def parse_args():

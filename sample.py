@@ -31,7 +31,6 @@ from thinksafe import (
 
 from cpu_linear import machine_memory
 from kv_cache import ContiguousKVCache, PagedKVCache, cache_bytes, default_block_size
-from packed_attention import packed_attention
 from sample_tokens import NOT_FINITE, NOT_FOUND, Slots, draw_tokens, uniforms
 
 class Completion(NamedTuple):
@@ -247,12 +246,9 @@ class Sampler:
         tokens, cu = pack_ids([(*seq.prompt, *seq.tokens) for seq in batch], device)
         slots = torch.arange(first, len(self.running)).repeat_interleave(cu.diff())      # (T,)
         positions = torch.arange(len(tokens)) - cu[:-1].repeat_interleave(cu.diff())     # (T,)
-        slots, positions = slots.to(device), positions.to(device)
-        write = self.cache.writer(slots, positions)
-        hidden = self.model(
-            tokens, positions=positions, attend=packed_attention(cu, device),
-            store=lambda *args: write(*args),        # a PagedWriter would leave no k and v
-            at=cu[1:].to(device) - 1)
+        write = self.cache.writer(slots.to(device), positions.to(device))
+        # Not `write` itself: for a PagedWriter the kernel would leave no k and v to attend to.
+        hidden = self.model(tokens, cu, store=lambda *args: write(*args), at=cu[1:].to(device) - 1)
         self._begin_window(batch)
         self._draw(hidden)
         self._end_window(batch)

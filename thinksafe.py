@@ -128,15 +128,20 @@ def split_packs(items, length, budget):
         room -= length(item)
     return packs
 
+def spread(items, length, n):
+    """Return n groups of about equal length: each item, longest first, goes to the shortest."""
+    groups = [[] for _ in range(n)]
+    for item in sorted(items, key=length, reverse=True):
+        min(groups, key=lambda group: sum(map(length, group))).append(item)
+    return groups
+
 def balance_packs(items, length, budget):
     """Split items into few groups of about equal length, at most budget, in any order. An item
     longer than the budget is a group of its own. One group keeps the order of the items."""
     budget = max([budget, *map(length, items)])
     n = math.ceil(sum(map(length, items)) / budget)
     while n > 1:
-        packs = [[] for _ in range(n)]
-        for item in sorted(items, key=length, reverse=True):
-            min(packs, key=lambda pack: sum(map(length, pack))).append(item)
+        packs = spread(items, length, n)
         if max(sum(map(length, pack)) for pack in packs) <= budget:
             return packs
         n += 1
@@ -254,8 +259,8 @@ class Decoder(nn.Module):
                 at=slice(None)):
         """Run tokens (T,) of documents cu_seqlens (B+1,) -> hidden (T, D), ready for `logits`.
 
-        With a KV cache the caller gives, instead of cu_seqlens, positions (T,), store(layer, k, v),
-        and attend(layer, q, k, v), with q (T, H, d), k and v (T, Hkv, d), which returns q's.
+        A KV cache gives store(layer, k, v), with k and v (T, Hkv, d). To decode it gives, instead
+        of cu_seqlens, positions (T,) and attend(layer, q, k, v), with q and its result (T, H, d).
         at: numbers (n,) of the tokens whose hidden state is wanted, for a result of (n, D)."""
         if attend is None:
             attend = packed_attention(cu_seqlens, self.device)

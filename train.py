@@ -398,9 +398,9 @@ def train(args, model, tokenizer, config, examples, skipped, loss=None, *, finge
     metrics = load_checkpoint(args.out / "checkpoint.pt", trainable, optimizer, fingerprint)
     if len(metrics) == len(batches):
         print("train: all steps were taken before; changed code wants another --out")
-    labels = Counter(example["label"] for example in examples)
+    labels = Counter(sorted(example["label"] for example in examples))
     stage = Stage("train", args, "metrics.jsonl", fingerprint, model=model.name,
-                  sources=take_versions(), labels=dict(sorted(labels.items())))
+                  sources=take_versions(), labels=labels)
     model.train()
     merge_linear_layers(model)
     metrics = fit(args, config, model, trainable, optimizer, batches, loss, metrics=metrics,

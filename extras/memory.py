@@ -137,7 +137,7 @@ def main():
     shown = {"student": model.name, "device": args.device, **config,
              "pack_tokens": args.pack_tokens}
     print(escape_control_chars("\n".join(f"{key:16}{value}" for key, value in shown.items())))
-    models = [model, *([train.frozen_student(args, model)] if args.kl and args.full else [])]
+    models = [model, train.frozen_student(args, model) if args.kl else model]    # may be the same
     packs = []
     for batch in train.make_batches(examples, config["batch_size"], config["epochs"], args.seed):
         packs += balance_packs(batch, train.length, args.pack_tokens)

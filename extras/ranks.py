@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from thinksafe import InputError, cli
+from thinksafe import InputError, cli, spread
 
 train_alone, load_checkpoint = train.train, train.load_checkpoint
 
@@ -38,16 +38,9 @@ def other_ranks():
         raise InputError("another rank has stopped or was never met; the same command goes on from "
                          f"the last checkpoint ({str(e).split('. ')[0]})")
 
-def own_part(pack):
-    """Return this rank's examples of a pass: longest first, each went to the rank with the fewest
-    tokens."""
-    parts = [[] for _ in range(dist.get_world_size())]
-    for example in sorted(pack, key=train.length, reverse=True):
-        min(parts, key=lambda part: sum(map(train.length, part))).append(example)
-    return parts[dist.get_rank()]
-
 def train_together(args, model, tokenizer, config, examples, skipped, loss, fingerprint):
     """Do as train.train does, as one of several ranks."""
+    rank, world = dist.get_rank(), dist.get_world_size()
     recomputes = False                               # known to all ranks
 
     def sum_over_ranks(values):
@@ -68,9 +61,8 @@ def train_together(args, model, tokenizer, config, examples, skipped, loss, fing
 
     def part_of_loss(pack):
         """Return the Losses of all ranks' examples, with the gradient of this rank's."""
-        seeds = torch.randint(2**62, (dist.get_world_size(),))           # fit seeds all ranks alike
-        torch.manual_seed(int(seeds[dist.get_rank()]))
-        part = own_part(pack)
+        torch.manual_seed(int(torch.randint(2**62, (world,))[rank]))     # fit seeds all ranks alike
+        part = spread(pack, train.length, world)[rank]
         losses = torch.stack(loss(part or pack[:1])) * bool(part)        # all need a gradient
         total = sum_over_ranks(losses.detach())
         return train.Losses(losses[0] - losses[0].detach() + total[0], *total[1:])
