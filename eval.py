@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 
 from data.benchmarks import (
-    BENCHMARKS, NAMED, grade, kind_of, means_over, paper_figures, read_evaluation)
+    BENCHMARKS, NAMED, grade, kind_of, means_over, paper_figures, read_evaluation,
+    sensitivity_lines)
 from data.chat import template_hash
 from data.generation import sampling_options
 from data.rows import EVAL_KEYS, RowWriter, content_id, write_atomic, write_rows
@@ -164,9 +165,7 @@ def table(before, after, judge, guard, paper):
     names = ["harm", *(name for name in after if name.startswith("harm_")), "guard_harm",
              "over_refusal", "safety", "pass@1", *(tasks if len(tasks) > 1 else ())]
     lines = [f"{'%, with 95% interval':34}{'before':>22}{'after':>22}{'n':>10}{'no verdict':>12}"]
-    columns = [("before", 16), ("after", 8)] if paper else []
-    if paper:
-        lines[0] += f"{'paper: before':>16}{'after':>8}"
+    lines[0] += "".join(f"{'paper: ' + when:>15}" for when in paper)
     for name in names:
         if name not in after or (name == "guard_harm" and judge == guard):
             continue
@@ -178,10 +177,11 @@ def table(before, after, judge, guard, paper):
             several = n > problems and n % problems == 0
             sizes[f"{problems}x{n // problems}" if several else str(n)] = True
         line += f"{'/'.join(sizes):>10}{before[name]['unknown'] + after[name]['unknown']:>12}"
-        for when, width in columns:
-            percent = paper[when].get(name)
-            line += f"{'-' if percent is None else format(percent, '.1f'):>{width}}"
+        for figures in paper.values():
+            percent = figures.get(name)
+            line += f"{'-' if percent is None else format(percent, '.1f'):>15}"
         lines.append(line)
+    lines += sensitivity_lines(before, after)
     if paper:
         lines.append("paper: arXiv 2601.23143v4, after ThinkSafe; all rows, harm judged by "
                      "Llama-Guard-3-8B, refusals by WildGuard")

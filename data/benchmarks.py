@@ -9,11 +9,13 @@ Benchmarks: where the rows are, how the model is asked, and whether an answer is
 To add a benchmark, add an entry to BENCHMARKS.
 """
 import csv
+import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
 from typing import NamedTuple
 
 from data.columns import find_label, find_prompt, has_value
@@ -289,6 +291,38 @@ def means_over(names):
     tasks = [name for name in names if name.startswith("pass@1_")]
     means = {"pass@1": tasks, "safety": SAFETY_SETS}
     return {name: parts for name, parts in means.items() if parts and set(parts) <= set(names)}
+
+def sensitivity(figures):
+    """Return {"d_prime", "low", "high", "criterion"} of the metrics of one model, None without harm
+    or over-refusal: whether it tells harmful prompts from those that only sound harmful.
+
+    d' = z(share refused of harmful) - z(share refused of safe ones), where what is not answered
+    harmfully counts as refused, and the criterion -(sum of both)/2 is lower the readier a model is
+    to refuse anything. Training that only makes it refuse more lowers the criterion and leaves d'.
+    Half a prompt is added to each count, so that 0% and 100% have a z (Hautus 1995). The interval
+    is Gourevitch and Galanter's (1967), at 95%."""
+    normal, z, variance = NormalDist(), [], 0.0
+    for name in ("harm", "over_refusal"):
+        x = figures.get(name)
+        if not x or not x["n"]:
+            return None
+        percent = x["percent"] if name == "over_refusal" else 100 - x["percent"]
+        share = (percent / 100 * x["n"] + 0.5) / (x["n"] + 1)
+        z.append(normal.inv_cdf(share))
+        variance += share * (1 - share) / (x["n"] * normal.pdf(z[-1]) ** 2)
+    found, half = z[0] - z[1], 1.96 * math.sqrt(variance)
+    return {"d_prime": round(found, 3), "low": round(found - half, 3),
+            "high": round(found + half, 3), "criterion": round(-sum(z) / 2, 3)}
+
+def sensitivity_lines(*models):
+    """Return two lines of eval.py's table: the `sensitivity` of each model's metrics."""
+    found = [sensitivity(figures) for figures in models]
+    if None in found:
+        return []
+    cells = ["{d_prime:.2f} [{low:.2f}, {high:.2f}]".format(**x).rjust(22) for x in found]
+    criteria = [f"{x['criterion']:22.2f}" for x in found]
+    return ["".join([f"{'d-prime, harmful from safe':34}", *cells]),
+            "".join([f"{'criterion, lower: refuses more':34}", *criteria])]
 
 def paper_figures(model, names):
     """Return {"before": {metric: percent}, "after": ...}: which of the metrics `names` the paper

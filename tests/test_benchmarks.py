@@ -1,11 +1,13 @@
 """Rows of benchmarks as the paper asks them, and overlap with training data."""
+import random
 import re
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 from test_sources import cache, hub, sample, write  # noqa: F401
 
-from data.benchmarks import BENCHMARKS, evaluation_rows, overlap
+from data.benchmarks import BENCHMARKS, evaluation_rows, overlap, sensitivity
 from data.sources import READERS, training_rows
 from thinksafe import InputError
 
@@ -168,3 +170,37 @@ def test_the_harmbench_rows_of_star1(cache):  # noqa: F811
     """31 of the first hundred say that they come from HarmBench; most are not evaluated on."""
     rows = training_rows(sample("star1_first100.json"), "vanilla_harmful")
     assert "harmbench (31 by source)" in overlap(rows)
+
+def shares(harm, over_refusal, n):
+    return {"harm": {"percent": harm, "n": n}, "over_refusal": {"percent": over_refusal, "n": n}}
+
+def test_sensitivity_is_that_of_the_paper():
+    """arXiv 2601.23143, Tables 1 and 2, the three sets' mean: Qwen3-0.6B before and after ThinkSafe,
+    and DirectRefusal, which refuses more and tells harm from safe less."""
+    found = [sensitivity(shares(harm, over, 10**6))["d_prime"]
+             for harm, over in ((62.56, 5.2), (37.40, 6.4), (30.66, 83.6))]
+    assert found == pytest.approx([1.31, 1.84, -0.47], abs=0.01)
+
+def test_sensitivity_does_not_depend_on_readiness_to_refuse():
+    normal = NormalDist()
+    found = [sensitivity(shares(100 * normal.cdf(c - 0.75), 100 * normal.cdf(-c - 0.75), 10**7))
+             for c in (-1.0, 0.0, 1.5)]
+    assert [x["d_prime"] for x in found] == pytest.approx([1.5] * 3, abs=0.01)
+    assert [x["criterion"] for x in found] == pytest.approx([-1.0, 0.0, 1.5], abs=0.01)
+
+def test_sensitivity_at_the_ends_and_without_a_side():
+    best, worst = sensitivity(shares(0, 0, 600)), sensitivity(shares(100, 100, 600))
+    assert 6 < best["d_prime"] < 7 and best["low"] < best["d_prime"] < best["high"]
+    assert abs(worst["d_prime"] + best["d_prime"]) < 1e-6
+    assert sensitivity({"harm": {"percent": 3.0, "n": 9}}) is None
+    assert sensitivity(shares(None, 1.0, 0)) is None
+
+def test_the_interval_of_sensitivity_holds_what_it_says():
+    rng, n, inside = random.Random(0), 300, 0
+    true = NormalDist().inv_cdf(0.6) - NormalDist().inv_cdf(0.1)
+    for _ in range(400):
+        harm = 100 * sum(rng.random() < 0.4 for _ in range(n)) / n
+        over = 100 * sum(rng.random() < 0.1 for _ in range(n)) / n
+        found = sensitivity(shares(harm, over, n))
+        inside += found["low"] <= true <= found["high"]
+    assert 0.92 <= inside / 400 <= 0.98

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # Budgets of the core. Lower them when something goes out; what comes in has to make room first.
 # Since the fused kernels of a GPU came in (kernels/fused.py and others, 4,700 tokens) they are above the 29,600 and 3,300 of before.
-TOKENS = 32_030      # Python's NAME, OP, NUMBER and STRING tokens: comments and the length of lines do not count
+TOKENS = 32_025      # Python's NAME, OP, NUMBER and STRING tokens: comments and the length of lines do not count
 LINES = 3_590
 FUNCTION = 84        # lines of the longest function
 WIDE = 0              # share of lines over 100 columns
