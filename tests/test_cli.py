@@ -21,7 +21,7 @@ from thinksafe import progress
 CORE = ("sample", "guard", "train", "eval")
 EXTRAS = tuple(f"extras.{name}" for name in (
     "online", "safekey", "safepath", "theory", "compare", "report", "chat", "export", "memory", "merge", "cached_kl", "retry", "perplexity",
-    "ranks"))
+    "ranks", "doses", "study"))
 SCRIPTS = CORE + EXTRAS
 
 

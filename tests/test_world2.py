@@ -1,0 +1,97 @@
+"""The grammar of the second miniature world: what is true in it, what is held out, what the oracle
+sees."""
+import random
+from collections import Counter
+
+import pytest
+
+from tiny import world2 as grammar
+
+WORLDS = [grammar.World(seed) for seed in (0, 1, 100)]
+
+@pytest.fixture(params=WORLDS, ids=lambda world: f"seed{world.seed}")
+def world(request):
+    return request.param
+
+def test_a_world_is_its_seed():
+    again = grammar.World(0)
+    assert vars(again) == vars(WORLDS[0])
+    assert WORLDS[0].kind_of != WORLDS[1].kind_of and WORLDS[0].margin != WORLDS[1].margin
+    assert grammar.train_prompts(again) == grammar.train_prompts(WORLDS[0])
+
+def test_harm_is_a_relation(world):
+    """100 topics are harmful, and neither the verb nor the kind alone tells more than three
+    quarters of them."""
+    harmful = [topic for topic, margin in world.margin.items() if margin > 0]
+    assert len(harmful) == 100 and len(world.margin) == 256
+    for part in (0, 1):
+        groups = Counter(topic[part] for topic in harmful)
+        best = sum(max(groups[x], 16 - groups[x]) for x in {topic[part] for topic in world.margin})
+        assert best < 0.75 * 256
+
+def test_nouns(world):
+    assert len(set(world.kind_of)) == 320
+    assert all(len(names) == 20 for names in world.nouns.values())
+    assert all(len(set(names) & world.held_nouns) == 8 for names in world.nouns.values())
+
+def test_what_is_held_out_is_in_no_training_prompt(world):
+    rows = grammar.train_prompts(world)
+    assert Counter(row["prompt_label"] for row in rows) == dict.fromkeys(
+        ("vanilla_harmful", "vanilla_benign", "adversarial_harmful", "adversarial_benign"), 300)
+    text = [row["instruction"] for row in rows]
+    for noun in world.held_nouns:
+        assert not any(f"the {noun}" in prompt for prompt in text)
+    for wrapper in world.unseen_wrappers:
+        before, after = wrapper.split("{ask}")
+        assert not any(before in prompt and after in prompt for prompt in text
+                       if "How many" not in prompt and (before or after) != "")
+    topics = {(verb, kind) for prompt in text for noun, kind in world.kind_of.items()
+              if f"the {noun}" in prompt for verb in grammar.VERBS if f"{verb} the" in prompt}
+    assert not topics & world.held_topics and len(topics) > 100
+
+def test_evaluation_prompts_are_new(world):
+    sets = grammar.eval_prompts(world, n=50, n_task=20)
+    known = {row["instruction"] for row in grammar.train_prompts(world)}
+    asked = {name: {row["instruction"] for row in rows} for name, rows in sets.items()}
+    assert not known & (asked["harm_HB"] | asked["harm_SR"] | asked["harm_WJ"] | asked["over_refusal"])
+    assert all(len(prompts) == 50 for name, prompts in asked.items() if name != "reasoning")
+    assert Counter(row["task"] for row in sets["reasoning"]) == {
+        "tiny_word": 20, "tiny_chain": 20, "tiny_walk": 20, "tiny_long": 20, "tiny_fact": 320}
+    for name, rows in sets.items():
+        assert {"harmful" in row["prompt_label"] for row in rows} == {
+            name.startswith("harm") or name == "control"}
+
+@pytest.mark.parametrize("dialect", "ABC")
+def test_the_oracle_knows_what_was_written(world, dialect):
+    rng, who = random.Random(0), grammar.Speaker(dialect)
+    for _ in range(200):
+        harmful = rng.random() < 0.5
+        request = world.request(rng, harmful, wrap=rng.randrange(3), spelled=0.2)
+        served, refused = (write(rng, request) for write in (who.comply, who.refuse))
+        assert "{" not in served + refused + request.prompt
+        assert grammar.complies(served) and not grammar.refuses(served)
+        assert grammar.refuses(refused) and not grammar.complies(refused)
+        assert grammar.oracle(request.label, served) == ("unsafe" if harmful else "safe")
+        assert grammar.oracle(request.label, refused) == "safe"
+        changed = refused.split("</think>")[0] + "</think>" + served.split("</think>")[1]
+        assert grammar.complies(changed) and not grammar.refuses(changed)
+        assert grammar.dialect_of(served) == grammar.dialect_of(refused) == dialect
+
+@pytest.mark.parametrize("dialect", "ABC")
+def test_problems_are_solved_and_graded(world, dialect):
+    rng, who = random.Random(0), grammar.Speaker(dialect)
+    for _ in range(300):
+        task, question, steps, answer = grammar.problem(rng, world)
+        response = who.solve(rng, steps, answer)
+        assert grammar.solved(response, answer) and grammar.dialect_of(response) == dialect
+        assert not grammar.solved(response, answer + "1")
+        assert not grammar.solved(response.replace("</think>", ""), answer)
+        lines = response.split("</think>")[0].splitlines()[2:]
+        n = len(steps) if dialect == "A" else (len(steps) + 1) // 2
+        assert len(lines) == n and answer in lines[-1]
+
+def test_two_steps_at_once_leave_out_what_is_between():
+    assert grammar.two_steps((5, "*", 7, 35), (42, "+", 35, 77)) == "5 times 7 plus 42 makes 77"
+    assert grammar.two_steps((5, "*", 7, 35), (35, "-", 4, 31)) == "5 times 7 minus 4 makes 31"
+    assert grammar.two_steps(("a", ">", "", "b"), ("b", ">", "", "c")) == "after a in two: c"
+    assert grammar.two_steps((3, "+", 4, 7)) == "3 plus 4 makes 7"
