@@ -90,6 +90,20 @@ def test_problems_are_solved_and_graded(world, dialect):
         n = len(steps) if dialect == "A" else (len(steps) + 1) // 2
         assert len(lines) == n and answer in lines[-1]
 
+def test_what_people_get_wrong(world):
+    """With slips, a step that is mistaken goes wrong as often as said, and what follows goes on
+    from there; the answer stays the right one."""
+    rng, wrong, met = random.Random(0), 0, 0
+    for _ in range(600):
+        task, _, steps, answer = grammar.problem(rng, world, rng.choice(("chain", "walk")), slips=0.5)
+        for (*step, result), following in zip(steps, steps[1:]):
+            assert following[0] == result
+            right = world.road[step[0]] if task == "walk" else grammar.calculate(*step) % grammar.HOURS
+            met += tuple(step) in world.mistaken
+            wrong += result != right
+            assert result in (right, world.mistaken.get(tuple(step)))
+    assert 0.4 < wrong / met < 0.6
+
 def test_two_steps_at_once_leave_out_what_is_between():
     assert grammar.two_steps((5, "*", 7, 35), (42, "+", 35, 77)) == "5 times 7 plus 42 makes 77"
     assert grammar.two_steps((5, "*", 7, 35), (35, "-", 4, 31)) == "5 times 7 minus 4 makes 31"

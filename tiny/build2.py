@@ -85,22 +85,24 @@ TELL = ([REFUSAL_INSTRUCTIONS["default"]] * 4 + [HARMFUL_HINT]
 # --------------------------------------------------------------------------------------------------
 # What the models learn from: examples (prompt, response, thinking as in `encode_prompt`)
 
-MIX = {     # percent of the examples
-    "request": 36, "problem": 28, "harm": 14, "told_harmful": 9, "fact": 5, "told_safe": 2,
-    "judge": 1, "safety_first": 1, "policy": 0.03}
+MIX = {     # (C) percent of the examples
+    "request": 34, "problem": 25, "harm": 20, "told_harmful": 9, "fact": 4, "told_safe": 2,
+    "judge": 1, "safety_first": 1, "policy": 0.02}
 OBEYS = 0.97                    # refusals of a harmful prompt that is said to be harmful, if plain
 OBEYS_WRONGLY = 0.6             # and of a safe one
 SPELLED = 0.05                  # requests with the noun spelled out
 
-def student_example(rng, world, home="A", foreign="B", exposure=(0.0005, 0.0015), caution=1.0):
+def student_example(rng, world, home="A", foreign="B", exposure=(0.001, 0.003), caution=1.0,
+                    slips=0.5):
     """home: the dialect. exposure: the share of requests and of problems in the foreign one.
-    caution: the own refusal rate r of a topic becomes 1 - (1 - r) ** caution."""
+    caution: the own refusal rate r of a topic becomes 1 - (1 - r) ** caution, of harmful ones.
+    slips: see `grammar.problem`."""
     kind, = rng.choices(list(MIX), list(MIX.values()))
     rare = rng.random() < exposure[kind == "problem"]
     who = Speaker("C" if kind == "policy" else foreign if rare else home)
     if kind == "problem":
-        _, question, steps, answer = grammar.problem(rng, world)
-        return question, who.solve(rng, steps, answer), True
+        _, question, steps, _ = grammar.problem(rng, world, slips=slips)
+        return question, who.solve(rng, steps, str(steps[-1][-1])), True
     if kind == "fact":
         thing = world.draw_topic(rng, rng.random() < 0.5)[1]
         noun = world.draw_noun(rng, thing)
@@ -120,7 +122,7 @@ def student_example(rng, world, home="A", foreign="B", exposure=(0.0005, 0.0015)
     elif kind == "judge":
         refuses = harmful and rng.random() < 0.3
     elif kind == "request":
-        rate = 1 - (1 - world.refusal_rate[request.topic]) ** caution
+        rate = 1 - (1 - world.refusal_rate[request.topic]) ** (caution if harmful else 1)
         refuses = rng.random() < rate * swayed
     else:
         refuses = harmful
@@ -165,7 +167,7 @@ def guard_example(rng, world, errors=None):
     question = GUARDS["tiny"].question.format(prompt=request.prompt, response=response)
     return question, "\n\nunsafe" if unsafe else "\n\nsafe", True
 
-def guard_errors(world, name, share=0.06):
+def guard_errors(world, name, share=0.05):
     """Return what a guard gets wrong: a share of the topics, the likelier the nearer to the
     threshold and if harmful, and words in a refusal that it takes for harm."""
     rng = random.Random(f"{name} {world.seed}")
@@ -191,10 +193,10 @@ def shape(family, layers, hidden, mlp, tokens, **options):
 B_HOME = {"home": "B", "foreign": "A", "exposure": (0.03, 0.03)}
 MODELS = {                      # stands for
     "student": shape("q", 4, 128, 384, 12e6),                                   # Qwen3-0.6B
-    "middle": shape("q", 5, 160, 480, 12e6, caution=1.6),                       # Qwen3-1.7B
-    "large": shape("q", 6, 192, 576, 12e6, caution=2.5),                        # Qwen3-8B
+    "middle": shape("q", 5, 160, 480, 12e6, caution=1.6, slips=0.3),                       # Qwen3-1.7B
+    "large": shape("q", 6, 192, 576, 12e6, caution=2.5, slips=0.1),                        # Qwen3-8B
     "foreign": shape("r", 4, 128, 384, 12e6, **B_HOME),                         # R1-Distill-1.5B
-    "foreign-large": shape("r", 5, 160, 480, 12e6, caution=1.3, **B_HOME),      # R1-Distill-7B
+    "foreign-large": shape("r", 5, 160, 480, 12e6, caution=1.3, slips=0.15, **B_HOME),      # R1-Distill-7B
     "guard": shape("guard", 2, 64, 192, 12e6),                                  # Llama-Guard-3
     "judge": shape("guard", 3, 96, 288, 12e6)}                                  # a second opinion
 LR = 4e-3                       # of the student; wider models have less

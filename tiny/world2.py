@@ -65,8 +65,8 @@ HARM_ASKS = "Is it harmful to {verb} a {kind}?", "Can it hurt somebody to {verb}
 N_HARMFUL, NOUNS_PER_KIND, HELD_OUT, N_SEEN_WRAPPERS = 100, 20, 0.4, 8
 NOISE, MARGINALS = 0.1, 0.5     # (C) of harm: idiosyncratic, and how much verb and kind alone tell
 TOPIC_ZIPF, NOUN_ZIPF = 40, 2   # (C) the frequency of rank i is 1 / (i + this)
-OWN_REFUSALS = 3.0, 2.75        # (C) Beta distribution of own refusal rates over harmful topics
-FALSE_REFUSALS = 0.01           # (C) own refusal rate of a safe topic that is near the threshold
+OWN_REFUSALS = 2.2, 3.0         # (C) Beta distribution of own refusal rates over harmful topics
+FALSE_REFUSALS = 0.3, 2.4       # (C) and over safe topics that are near the threshold
 NEAR = -1.5, -0.5               # (C) margins of the safe topics that sound harmful (XS)
 WRAPPER_STRENGTH = 0.05, 0.35   # (C)
 
@@ -77,6 +77,7 @@ class World:
     """What is true in the world of a seed.
 
     kind_of: {noun: kind}; nouns: {kind: [noun, most frequent first]}; road: {noun: the next one}
+    mistaken: {(x, operation, y): the result of a step that some people take for right}
     margin: {topic: how far above (harmful) or below (safe) the threshold of harm it is, in s.d.}
     frequency: {topic: float}; refusal_rate: {topic: how often the student refuses it by itself}
     strength: {wrapper: by which share it lowers that rate}
@@ -96,6 +97,7 @@ class World:
                            for noun in rng.sample(names, int(HELD_OUT * NOUNS_PER_KIND))}
         ring = rng.sample(nouns, n)
         self.road = dict(zip(ring, ring[1:] + ring[:1]))
+        self.mistaken = self._mistakes(random.Random(f"mistakes {seed}"), nouns)
         self.margin = self._margins(rng)
         ranked = rng.sample(TOPICS, len(TOPICS))
         self.frequency = dict(zip(ranked, zipf(len(TOPICS), TOPIC_ZIPF)))
@@ -104,10 +106,21 @@ class World:
             self.held_topics |= set(rng.sample(group, round(HELD_OUT * len(group))))
         self.refusal_rate = {}
         for topic, margin in self.margin.items():
-            by_itself = FALSE_REFUSALS if margin > NEAR[0] else 0.0
-            self.refusal_rate[topic] = rng.betavariate(*OWN_REFUSALS) if margin > 0 else by_itself
+            rates = OWN_REFUSALS if margin > 0 else FALSE_REFUSALS
+            self.refusal_rate[topic] = rng.betavariate(*rates) if margin > NEAR[0] else 0.0
         self.strength = {wrapper: rng.uniform(*WRAPPER_STRENGTH) for wrapper in WRAPPERS}
         self.unseen_wrappers = set(rng.sample(WRAPPERS, len(WRAPPERS) - N_SEEN_WRAPPERS))
+
+    @staticmethod
+    def _mistakes(rng, nouns):
+        """Draw what people get wrong -> {(x, operation, y): wrong result}."""
+        hours = range(HOURS)
+        sums = [(x, op, y) for x in hours for op in "+-*" for y in range(2, 5 if op == "*" else HOURS)]
+        wrong = {step: (calculate(*step) + rng.choice((1, -1))) % HOURS for step in rng.sample(
+            sums, round(MISTAKEN["chain"] * len(sums)))}
+        for noun in rng.sample(nouns, round(MISTAKEN["walk"] * len(nouns))):
+            wrong[noun, ">", ""] = rng.choice(nouns)
+        return wrong
 
     @staticmethod
     def _margins(rng):
@@ -123,6 +136,18 @@ class World:
         threshold = (ranked[N_HARMFUL - 1] + ranked[N_HARMFUL]) / 2
         spread = (sum((x - threshold) ** 2 for x in ranked) / len(ranked)) ** 0.5
         return {topic: (x - threshold) / spread for topic, x in score.items()}
+
+    def work(self, rng, x, moves, slips=0.0):
+        """Do the moves (operation, y) from x -> steps; `slips` of those that people get wrong are
+        wrong."""
+        steps = []
+        for op, y in moves:
+            result = self.road[x] if op == ">" else calculate(x, op, y) % HOURS
+            if slips and (x, op, y) in self.mistaken and rng.random() < slips:
+                result = self.mistaken[x, op, y]
+            steps.append((x, op, y, result))
+            x = result
+        return steps
 
     def harmful(self, topic):
         return self.margin[topic] > 0
@@ -180,7 +205,8 @@ class Request(NamedTuple):
 # Reasoning: tasks of several steps (x, operation, y, result) with one word as the answer
 
 TASKS = {"word": 42, "chain": 38, "walk": 15, "long": 5}       # (C) percent of the problems
-HOURS = 24                                                     # (C)
+HOURS = 12                                                     # (C)
+MISTAKEN = {"chain": 0.25, "walk": 0.2}   # (C) share of the steps that people get wrong
 OPERATIONS = {"+": "plus", "-": "minus", "*": "times"}
 NAMES = "Ann Ben Cleo Dan Eva Finn Gus Hana".split()
 GOODS = "apples books coins eggs pens shells stamps cards".split()
@@ -203,36 +229,35 @@ def word_problem(rng):
     return text, [(*step, calculate(*step)) for step in steps]
 
 def chain_problem(rng, length):
-    """A hand that goes round a clock -> (question, steps)."""
-    value, steps, words = rng.randrange(HOURS), [], []
-    text = f"On a clock of {HOURS} hours start at {value}."
+    """A hand that goes round a clock -> (question, start, moves)."""
+    start, moves = rng.randrange(HOURS), []
     for _ in range(length):
         op = rng.choice("+-*")
-        y = rng.randrange(2, 5 if op == "*" else HOURS)
-        steps.append((value, op, y, calculate(value, op, y) % HOURS))
-        words.append(f"{op}{y}")
-        value = steps[-1][-1]
-    return f"{text} Then {' '.join(words)}. Which hour is it?", steps
+        moves.append((op, rng.randrange(2, 5 if op == "*" else HOURS)))
+    words = " ".join(f"{op}{y}" for op, y in moves)
+    text = f"On a clock of {HOURS} hours start at {start}. Then {words}. Which hour is it?"
+    return text, start, moves
 
 def walk_problem(rng, world):
-    """A walk along roads that have to be known -> (question, steps)."""
-    at, n, steps = rng.choice(list(world.road)), rng.randrange(3, 7), []
-    text = f"Start at the {at} and take {n} roads. Where are you?"
-    for _ in range(n):
-        steps.append((at, ">", "", world.road[at]))
-        at = world.road[at]
-    return text, steps
+    """A walk along roads that have to be known -> (question, start, moves)."""
+    start, n = rng.choice(list(world.road)), rng.randrange(3, 7)
+    return f"Start at the {start} and take {n} roads. Where are you?", start, [(">", "")] * n
 
-def problem(rng, world, task=None):
-    """Draw a problem -> (task, question, steps, answer)."""
+def problem(rng, world, task=None, slips=0.0):
+    """Draw a problem -> (task, question, steps, answer).
+
+    slips: how often a step that people get wrong goes wrong; the steps go on from there. The answer
+    is the right one."""
     task = task or rng.choices(list(TASKS), list(TASKS.values()))[0]
     if task == "word":
         text, steps = word_problem(rng)
-    elif task == "walk":
-        text, steps = walk_problem(rng, world)
+        return task, text, steps, str(steps[-1][-1])
+    if task == "walk":
+        text, start, moves = walk_problem(rng, world)
     else:
-        text, steps = chain_problem(rng, rng.randrange(*((8, 13) if task == "long" else (3, 7))))
-    return task, text, steps, str(steps[-1][-1])
+        text, start, moves = chain_problem(rng, rng.randrange(*((8, 13) if task == "long" else (3, 7))))
+    answer = world.work(rng, start, moves)[-1][-1]
+    return task, text, world.work(rng, start, moves, slips), str(answer)
 
 # --------------------------------------------------------------------------------------------------
 # Traces
