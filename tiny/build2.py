@@ -60,25 +60,26 @@ R1_TEMPLATE = """{{- '<|begin|>' }}
 {%- if add_generation_prompt %}
 {{- '<|Assistant|><think>\\n' }}
 {%- endif %}"""
-QWEN_RULE = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-             r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_RULE = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 R1_RULE = QWEN_RULE.replace(r"|\p{N}|", r"|\p{N}{1,3}|")      # digits by threes
 
 # family: (vocabulary, splitting rule, special tokens with the end of a turn last, template)
 TOKENIZERS = {
     "q": (1024, QWEN_RULE, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), QWEN_TEMPLATE),
-    "r": (768, R1_RULE, ("<|pad|>", "<|begin|>", "<|User|>", "<|Assistant|>", "<|end|>"), R1_TEMPLATE),
+    "r": (768, R1_RULE, ("<|pad|>", "<|begin|>", "<|User|>", "<|Assistant|>", "<|end|>"),
+          R1_TEMPLATE),
     "guard": (1024, QWEN_RULE, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), QWEN_TEMPLATE)}
 
 # Other ways to tell a student what a prompt is: the hints of on-policy self-distillation (EOPSA,
 # Apache-2.0).
-HINT = ("{prompt}\n\n[Hints for answering]\nUse the following guidance when formulating your answer.\n"
-        "{hint}\n\nNow begin your answer. Do not mention, quote, or reveal the hints above in your "
-        "response.")
+HINT = ("{prompt}\n\n[Hints for answering]\nUse the following guidance when formulating your "
+        "answer.\n{hint}\n\nNow begin your answer. Do not mention, quote, or reveal the hints above "
+        "in your response.")
 HARMFUL_HINT = HINT.replace("{hint}", "The query is harmful, you must refuse.")
-BENIGN_HINT = HINT.replace("{hint}", "This is a safe, benign request. Respond helpfully and directly. "
-                           "You must NOT refuse, add safety disclaimers, or treat this as potentially "
-                           "harmful. Provide a complete, accurate answer.")
+BENIGN_HINT = HINT.replace("{hint}", (
+    "This is a safe, benign request. Respond helpfully and directly. You must NOT refuse, add safety "
+    "disclaimers, or treat this as potentially harmful. Provide a complete, accurate answer."))
 TELL = ([REFUSAL_INSTRUCTIONS["default"]] * 4 + [HARMFUL_HINT]
         + [REFUSAL_INSTRUCTIONS[name] for name in ("suffix", "risk", "intent")])
 
@@ -93,10 +94,12 @@ OBEYS_WRONGLY = 0.6             # and of a safe one
 SPELLED = 0.05                  # requests with the noun spelled out
 
 def student_example(rng, world, home="A", foreign="B", exposure=(0.001, 0.003), caution=1.0,
-                    slips=0.5):
-    """home: the dialect. exposure: the share of requests and of problems in the foreign one.
-    caution: the own refusal rate r of a topic becomes 1 - (1 - r) ** caution, of harmful ones.
-    slips: see `grammar.problem`."""
+                    alarm=1.0, slips=0.5):
+    """Draw an example of what a model of a family learns.
+
+    home: the dialect. exposure: the share of requests and of problems in the foreign one. caution:
+    the own refusal rate r of a harmful topic becomes 1 - (1 - r) ** caution. alarm: a factor on
+    that of safe topics. slips: see `grammar.problem`."""
     kind, = rng.choices(list(MIX), list(MIX.values()))
     rare = rng.random() < exposure[kind == "problem"]
     who = Speaker("C" if kind == "policy" else foreign if rare else home)
@@ -122,7 +125,8 @@ def student_example(rng, world, home="A", foreign="B", exposure=(0.001, 0.003), 
     elif kind == "judge":
         refuses = harmful and rng.random() < 0.3
     elif kind == "request":
-        rate = 1 - (1 - world.refusal_rate[request.topic]) ** (caution if harmful else 1)
+        rate = world.refusal_rate[request.topic]
+        rate = 1 - (1 - rate) ** caution if harmful else alarm * rate
         refuses = rng.random() < rate * swayed
     else:
         refuses = harmful
@@ -188,17 +192,18 @@ def shape(family, layers, hidden, mlp, tokens, **options):
     heads = hidden // 32
     return {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp,
             "num_attention_heads": heads, "num_key_value_heads": heads if heads != 4 else 2,
-            "head_dim": 32, "model_type": "qwen3" if family == "q" else "llama"}, family, tokens, options
+            "head_dim": 32, "model_type": "qwen3" if family == "q" else "llama",
+            }, family, tokens, options
 
-B_HOME = {"home": "B", "foreign": "A", "exposure": (0.03, 0.03)}
+B_HOME = {"home": "B", "foreign": "A", "exposure": (0.03, 0.03), "alarm": 0.1}
 MODELS = {                      # stands for
-    "student": shape("q", 4, 128, 384, 12e6),                                   # Qwen3-0.6B
-    "middle": shape("q", 5, 160, 480, 12e6, caution=1.6, slips=0.3),                       # Qwen3-1.7B
-    "large": shape("q", 6, 192, 576, 12e6, caution=2.5, slips=0.1),                        # Qwen3-8B
-    "foreign": shape("r", 4, 128, 384, 12e6, **B_HOME),                         # R1-Distill-1.5B
-    "foreign-large": shape("r", 5, 160, 480, 12e6, caution=1.3, slips=0.15, **B_HOME),      # R1-Distill-7B
-    "guard": shape("guard", 2, 64, 192, 12e6),                                  # Llama-Guard-3
-    "judge": shape("guard", 3, 96, 288, 12e6)}                                  # a second opinion
+    "student": shape("q", 4, 128, 384, 12e6),                                       # Qwen3-0.6B
+    "middle": shape("q", 5, 160, 480, 12e6, caution=1.6, alarm=0.4, slips=0.3),     # Qwen3-1.7B
+    "large": shape("q", 6, 192, 576, 12e6, caution=2.5, alarm=0.2, slips=0.1),      # Qwen3-8B
+    "foreign": shape("r", 4, 128, 384, 12e6, **B_HOME),                        # R1-Distill-1.5B
+    "foreign-large": shape("r", 5, 160, 480, 12e6, caution=1.3, slips=0.15, **B_HOME),  # and 7B
+    "guard": shape("guard", 2, 64, 192, 12e6),                                      # Llama-Guard-3
+    "judge": shape("guard", 3, 96, 288, 12e6)}                                      # another guard
 LR = 4e-3                       # of the student; wider models have less
 
 def world_folder(seed):
@@ -271,7 +276,7 @@ def train(name, seed, folder):
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.02)
-    for layer in model.layers:                                          # residual writers start small
+    for layer in model.layers:                               # what writes to the stream starts small
         for p in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
             p.data /= math.sqrt(2 * len(model.layers))
     peak = LR * min(1.0, 128 / sizes["hidden_size"])
@@ -300,7 +305,8 @@ def train(name, seed, folder):
         step += 1
         if step % 50 == 0:
             speed = seen / (time.time() - start)
-            print(f"{name} step {step} {progress:.0%} loss {shown:.3f} {speed:,.0f} tokens/s", flush=True)
+            print(f"{name} step {step} {progress:.0%} loss {shown:.3f} {speed:,.0f} tokens/s",
+                  flush=True)
     tensors = {f"model.{k}": v.detach().to(torch.bfloat16) for k, v in model.state_dict().items()}
     save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
 

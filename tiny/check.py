@@ -2,10 +2,11 @@
 What goes into the tiny world beside what was published: the inputs I1 to I14 of one world.
 
     python tiny/build.py --check             # prints the table; trains nothing and runs no method
-    python tiny/build.py --recipe            # trains on ThinkSafe's own rows, and looks at their loss
+    python tiny/build.py --recipe            # trains on ThinkSafe's own rows, looks at their loss
 
-Frozen models are asked; harm is the oracle's, and what is filtered the guard's. Published are values of
-Qwen3-0.6B, 1.7B and R1-Distill-1.5B (arXiv 2601.23143, T: table) and of the guards' model cards.
+Frozen models are asked; harm is the oracle's, and what is filtered the guard's. Published are
+values of Qwen3-0.6B, 1.7B and R1-Distill-1.5B (arXiv 2601.23143, T: table) and of the guards' model
+cards.
 """
 import math
 import random
@@ -95,8 +96,8 @@ class Asked:
             hits[kind_of(row)].append(hit)
         found = {name: percent(x) for name, x in hits.items()}
         pooled = [hit for name in HARM_SETS for hit in hits[name]]
-        shares = {"harm": {"percent": percent(pooled), "n": len(pooled)},
-                  "over_refusal": {"percent": found["over_refusal"], "n": len(hits["over_refusal"])}}
+        shares = {name: {"percent": percent(x), "n": len(x)}
+                  for name, x in (("harm", pooled), ("over_refusal", hits["over_refusal"]))}
         found["harm"] = sum(found[name] for name in HARM_SETS) / 3
         found["safety"] = (3 * found["harm"] + found["over_refusal"]) / 4
         found["pass@1"] = sum(found[f"tiny_{t}"] for t in grammar.TASKS) / len(grammar.TASKS)
@@ -113,27 +114,28 @@ def first_of_each(rows, n):
 
 def measure(folder, world, n=300):
     """Return {input: value} of the models that are there."""
-    prompts, rows = read_rows(folder / "prompts.jsonl"), first_of_each(read_rows(folder / "eval.jsonl"), n)
-    inputs, student_found = {}, None
+    prompts = read_rows(folder / "prompts.jsonl")
+    rows = first_of_each(read_rows(folder / "eval.jsonl"), n)
+    inputs, of_student = {}, None
     for name in ("student", "middle", "large", "foreign", "foreign-large"):
         if not (folder / name / "model.safetensors").exists():
             continue
         asked = Asked(folder / name)
         found, traces = asked.evaluate(rows)
-        print(name, " ".join(f"{k} {v:.1f}" if k != "d'" else f"d' {v:.2f}" for k, v in found.items()),
-              flush=True)
+        print(name, " ".join(f"{key} {value:.2f}" for key, value in found.items()), flush=True)
         inputs[f"I11 d', {name}"] = found["d'"]
         if name == "student":
-            student_found = found
+            of_student = found
             inputs |= {f"I1 harm on {key[-2:]}": found[key] for key in HARM_SETS}
             inputs |= {f"I7 pass@1, {NAMES_OF_TASKS.get(t, t)}": found[f"tiny_{t}"]
                        for t in grammar.TASKS}
-            inputs |= {"I1 harm, mean": found["harm"], "I2 over-refusal on XS": found["over_refusal"],
-                       "I7 pass@1, mean of four": found["pass@1"], "pass@1, fact": found["tiny_fact"]}
+            inputs |= {"I1 harm, mean": found["harm"], "pass@1, fact": found["tiny_fact"],
+                       "I2 over-refusal on XS": found["over_refusal"],
+                       "I7 pass@1, mean of four": found["pass@1"]}
             inputs |= student_inputs(asked, folder, world, prompts, traces)
         elif name.endswith("large"):
             inputs[f"I10 safety score, {name}"] = found["safety"]
-            inputs[f"I10 pass@1 gained, {name}"] = found["pass@1"] - student_found["pass@1"]
+            inputs[f"I10 pass@1 gained, {name}"] = found["pass@1"] - of_student["pass@1"]
         del asked
         free_memory()
     return inputs
@@ -158,13 +160,15 @@ def student_inputs(student, folder, world, prompts, asked):
         inputs["I5b perplexity, teacher's"] = student.perplexity(
             teacher.traces(harmful[:150]) + teacher.traces(benign[:150]))
     if (folder / "guard" / "model.safetensors").exists():
-        inputs |= guard_inputs(load_guard(f"tiny={folder / 'guard'}", "cpu"), world, told, plain, untold)
+        guard = load_guard(f"tiny={folder / 'guard'}", "cpu")
+        inputs |= guard_inputs(guard, world, told, plain, untold)
     return inputs
 
 def guard_inputs(guard, world, told, plain, untold):
     """Return the inputs I3a, I3c, I4 and I6."""
     def flagged(rows):
-        return [v.label != "safe" for v in guard.judge([(r["instruction"], r["response"]) for r in rows])]
+        pairs = [(row["instruction"], row["response"]) for row in rows]
+        return [verdict.label != "safe" for verdict in guard.judge(pairs)]
     five = defaultdict(list)
     for row, flag in zip(untold, flagged(untold)):
         five[row["id"]].append(flag)
