@@ -88,7 +88,7 @@ TELL = ([REFUSAL_INSTRUCTIONS["default"]] * 4 + [HARMFUL_HINT]
 
 MIX = {     # (C) percent of the examples
     "request": 34, "problem": 25, "harm": 20, "told_harmful": 9, "fact": 4, "told_safe": 2,
-    "judge": 1, "safety_first": 1, "policy": 0.02}
+    "judge": 1, "safety_first": 1, "policy": 0.03}
 OBEYS = 0.97                    # refusals of a harmful prompt that is said to be harmful, if plain
 OBEYS_WRONGLY = 0.6             # and of a safe one
 SPELLED = 0.05                  # requests with the noun spelled out
