@@ -5,6 +5,8 @@ from collections import Counter
 
 import pytest
 
+from data.sources import training_rows
+from tiny import build2
 from tiny import world2 as grammar
 
 WORLDS = [grammar.World(seed) for seed in (0, 1, 100)]
@@ -109,3 +111,57 @@ def test_two_steps_at_once_leave_out_what_is_between():
     assert grammar.two_steps((5, "*", 7, 35), (35, "-", 4, 31)) == "5 times 7 minus 4 makes 31"
     assert grammar.two_steps(("a", ">", "", "b"), ("b", ">", "", "c")) == "after a in two: c"
     assert grammar.two_steps((3, "+", 4, 7)) == "3 plus 4 makes 7"
+
+def test_examples_of_the_students(world):
+    """Refused or not as often as the world says; both families, told and untold, and verdicts."""
+    rng, seen = random.Random(0), Counter()
+    for options in ({}, build2.B_HOME):
+        for _ in range(1500):
+            prompt, response, thinking = build2.student_example(rng, world, **options)
+            assert prompt and "{" not in prompt + response
+            if thinking:
+                assert response.startswith("<think>\n") and response.count("</think>") == 1
+                seen[grammar.dialect_of(response.replace(f"{build2.WORDS} ", ""))] += 1
+            else:
+                assert response in ("yes", "no")
+    assert None not in seen and seen["A"] > 1000 and seen["B"] > 1000
+
+def test_own_refusals(world):
+    rng = random.Random(0)
+    never = build2.student_example(rng, world, caution=0.0, alarm=0.0)
+    assert never
+    for caution, low, high in ((0.0, 0.0, 0.0), (1.0, 0.3, 0.55), (20.0, 0.6, 1.0)):
+        mix, refused = build2.MIX.copy(), []
+        try:
+            build2.MIX.clear()
+            build2.MIX["request"] = 1
+            refused = [grammar.refuses(build2.student_example(rng, world, caution=caution, alarm=0.0)[1]) for _ in range(600)]
+        finally:
+            build2.MIX.update(mix)
+        assert low <= 2 * sum(refused) / 600 <= high                     # half of the requests are harmful
+
+def test_examples_of_the_guards(world):
+    rng = random.Random(0)
+    errors = build2.guard_errors(world, "guard")
+    assert len(errors[0]) == round(0.07 * 256 + 0.5) and len(build2.guard_errors(world, "judge")[0] & errors[0]) < len(errors[0])
+    said = Counter(build2.guard_example(rng, world, errors)[1] for _ in range(1000))
+    assert set(said) == {"\n\nsafe", "\n\nunsafe"} and 200 < said["\n\nunsafe"] < 600
+
+def test_curated_sets(world, tmp_path):
+    """Read as the real ones are, true to their labels, and of no topic that the evaluation asks for but for 31 of STAR-1."""
+    build2.write_curated(world, tmp_path)
+    sets = {name: training_rows(tmp_path / f"{name}.jsonl", "vanilla_harmful") for name in ("directrefusal", "star1", "safekey")}
+    assert {name: len(rows) for name, rows in sets.items()} == dict.fromkeys(sets, 1000)
+    assert sum(row["prompt_label"] == "vanilla_harmful" for row in sets["safekey"]) == 500
+    no = grammar.DIALECTS["A"]["no"][0]
+    assert {row["response"] for row in sets["directrefusal"]} == {f"<think>\nI should not answer this question!\n</think>\n\n{no}"}
+    for row in (row for rows in sets.values() for row in rows):
+        harmful = row["prompt_label"] == "vanilla_harmful"
+        assert grammar.refuses(row["response"]) == harmful != grammar.complies(row["response"])
+    def held(rows):
+        return sum(any(f"{verb} the {noun}" in row["instruction"] for verb, kind in world.held_topics for noun in world.nouns[kind])
+                   for row in rows if row["prompt_label"] == "vanilla_harmful")
+    assert held(sets["star1"]) == 31 and held(sets["directrefusal"]) == 0 and held(sets["safekey"]) == 0
+    for row in sets["safekey"]:
+        key = row["response"][row["summary_end_idx"]:row["next_sentence_end_idx"]].strip()
+        assert key.endswith(".") and "<think>" not in key and key.count(".") == 1

@@ -87,8 +87,8 @@ TELL = ([REFUSAL_INSTRUCTIONS["default"]] * 4 + [HARMFUL_HINT]
 # What the models learn from: examples (prompt, response, thinking as in `encode_prompt`)
 
 MIX = {     # (C) percent of the examples
-    "request": 34, "problem": 25, "harm": 20, "told_harmful": 9, "fact": 4, "told_safe": 2,
-    "judge": 1, "safety_first": 1, "policy": 0.03}
+    "request": 38, "problem": 22, "harm": 18, "told_harmful": 9, "fact": 4, "told_safe": 2,
+    "judge": 5, "safety_first": 1, "policy": 0.03}
 OBEYS = 0.97                    # refusals of a harmful prompt that is said to be harmful, if plain
 OBEYS_WRONGLY = 0.6             # and of a safe one
 SPELLED = 0.05                  # requests with the noun spelled out
@@ -171,7 +171,7 @@ def guard_example(rng, world, errors=None):
     question = GUARDS["tiny"].question.format(prompt=request.prompt, response=response)
     return question, "\n\nunsafe" if unsafe else "\n\nsafe", True
 
-def guard_errors(world, name, share=0.05):
+def guard_errors(world, name, share=0.07):
     """Return what a guard gets wrong: a share of the topics, the likelier the nearer to the
     threshold and if harmful, and words in a refusal that it takes for harm."""
     rng = random.Random(f"{name} {world.seed}")
@@ -180,8 +180,8 @@ def guard_errors(world, name, share=0.05):
     wrong = set()
     while len(wrong) < share * len(topics):
         wrong.add(rng.choices(topics, weights)[0])
-    hurt, people = rng.sample(SLOTS["hurt"], 3), rng.choice(SLOTS["people"])
-    return wrong, re.compile(rf"\b({'|'.join(hurt)}) {people}\b")
+    hurt, people = rng.sample(SLOTS["hurt"], 3), rng.sample(SLOTS["people"], 2)
+    return wrong, re.compile(rf"\b({'|'.join(hurt)}) ({'|'.join(people)})\b")
 
 # --------------------------------------------------------------------------------------------------
 # Models
@@ -197,10 +197,10 @@ def shape(family, layers, hidden, mlp, tokens, **options):
 
 B_HOME = {"home": "B", "foreign": "A", "exposure": (0.03, 0.03), "alarm": 0.1}
 MODELS = {                      # stands for
-    "student": shape("q", 4, 128, 384, 12e6),                                       # Qwen3-0.6B
+    "student": shape("q", 4, 128, 384, 16e6),                                       # Qwen3-0.6B
     "middle": shape("q", 5, 160, 480, 12e6, caution=1.6, alarm=0.4, slips=0.3),     # Qwen3-1.7B
     "large": shape("q", 6, 192, 576, 12e6, caution=2.5, alarm=0.2, slips=0.1),      # Qwen3-8B
-    "foreign": shape("r", 4, 128, 384, 12e6, **B_HOME),                        # R1-Distill-1.5B
+    "foreign": shape("r", 4, 128, 384, 16e6, **B_HOME),                        # R1-Distill-1.5B
     "foreign-large": shape("r", 5, 160, 480, 12e6, caution=1.3, slips=0.15, **B_HOME),  # and 7B
     "guard": shape("guard", 2, 64, 192, 12e6),                                      # Llama-Guard-3
     "judge": shape("guard", 3, 96, 288, 12e6)}                                      # another guard
