@@ -13,12 +13,13 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
-from statistics import NormalDist
 
 import matplotlib
 import numpy as np
 from scipy.stats import kendalltau
+from statsmodels.stats.multitest import multipletests
 
+from data.benchmarks import sensitivity
 from data.rows import write_atomic
 from extras.doses import PARTS
 from thinksafe import ROOT, HelpFormatter, InputError, Parser, cli
@@ -63,11 +64,11 @@ def figures(bits):
     out = {kind: 100 * float(hits.mean()) for kind, hits in bits.items()}
     out["harm"], out["safety"], out["pass@1"] = (
         float(np.mean([out[kind] for kind in kinds])) for kinds in (HARM, SAFETY, TASKS))
-    refused = np.concatenate([~bits[kind] for kind in HARM])
-    z = [NormalDist().inv_cdf((x.sum() + 0.5) / (len(x) + 1))
-         for x in (refused, bits["over_refusal"])]
     out["tax"] = (out["harm"] + out["over_refusal"]) / 2
-    return out | {"d_prime": z[0] - z[1], "criterion": -sum(z) / 2}
+    sides = {"harm": np.concatenate([bits[kind] for kind in HARM]),
+             "over_refusal": bits["over_refusal"]}
+    return out | sensitivity({name: {"percent": 100 * float(hits.mean()), "n": len(hits)}
+                              for name, hits in sides.items()})
 
 # --------------------------------------------------------------------------------------------------
 # Differences
@@ -101,11 +102,7 @@ def p_values(differences):
 
 def holm(p):
     """Return Holm's adjusted p-values."""
-    adjusted, highest = np.empty(len(p)), 0.0
-    for rank, i in enumerate(np.argsort(p)):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = highest
-    return adjusted
+    return multipletests(p, method="holm")[1]
 
 def compare(samples, methods, base):
     """Return {method: (difference, low, high, adjusted p)} to the method `base`, and of how many

@@ -7,10 +7,10 @@ import pytest
 from conftest import call
 from safetensors.torch import load_file
 
+from data.rows import write_rows
 from extras import doses
 from thinksafe import TINY
 from tiny import world2 as grammar
-from tiny.build2 import write_rows
 
 N = 6
 

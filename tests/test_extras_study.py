@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 from conftest import call
 
-pytest.importorskip("scipy")
-from statsmodels.stats.multitest import multipletests  # noqa: E402
-
-from extras import study  # noqa: E402
+from extras import study
 
 KINDS = *study.SAFETY, "control", *study.TASKS
 
@@ -86,11 +83,9 @@ def test_p_values_are_not_too_small():
         false += study.p_values(data[drawn].mean(1, keepdims=True))[0] < 0.05
     assert false / 300 < 0.1
 
-def test_holm_is_that_of_statsmodels():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        p = rng.random(9) ** 3
-        assert study.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+def test_holm_by_hand():
+    """Three p-values: the smallest times 3, the next times 2, and none below one before it."""
+    assert study.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
 
 def test_tau_with_the_paper():
     paper = {"untouched": 48, "directrefusal": 44, "safechain": 45.27, "star1": 42, "safepath": 46, "safekey": 45.25, "thinksafe": 30}

@@ -79,6 +79,12 @@ def test_the_oracle_knows_what_was_written(world, dialect):
         assert grammar.complies(changed) and not grammar.refuses(changed)
         assert grammar.dialect_of(served) == grammar.dialect_of(refused) == dialect
 
+def test_requests_may_begin_otherwise(world):
+    request = world.request(random.Random(0), True)
+    alike, otherwise = (grammar.Speaker("A", shared).comply(random.Random(1), request) for shared in (True, False))
+    assert alike.startswith("<think>\nOkay, so the user wants") and otherwise.startswith("<think>\nThe user wants")
+    assert alike.split(".", 1)[1] == otherwise.split(".", 1)[1]
+
 @pytest.mark.parametrize("dialect", "ABC")
 def test_problems_are_solved_and_graded(world, dialect):
     rng, who = random.Random(0), grammar.Speaker(dialect)

@@ -30,25 +30,17 @@ sys.path.insert(0, str(TINY.parent))
 
 from data.chat import encode_prompt, encode_response, encode_training_pair
 from data.guards import GUARDS
-from data.rows import content_id
+from data.rows import content_id, write_rows
 from extras.safepath import WORDS
-from thinksafe import REFUSAL_INSTRUCTIONS, Decoder, load_tokenizer, pack_ids, read_config
+from thinksafe import Decoder, load_tokenizer, pack_ids, read_config
 from tiny import world2 as grammar
+from tiny.build import BENIGN_HINT, TELL, TEMPLATE
 from tiny.dialects import DIALECTS, SLOTS
 from tiny.world2 import Speaker
 
 from linear_ce_kl import linear_ce_kl
 
 CONTEXT = 2048
-QWEN_TEMPLATE = """{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and not enable_thinking %}
-{{- '<think>\\n\\n</think>\\n\\n' }}
-{%- endif %}
-{%- endif %}"""
 R1_TEMPLATE = """{{- '<|begin|>' }}
 {%- for message in messages %}
 {%- if message.role == 'user' %}
@@ -66,22 +58,10 @@ R1_RULE = QWEN_RULE.replace(r"|\p{N}|", r"|\p{N}{1,3}|")      # digits by threes
 
 # family: (vocabulary, splitting rule, special tokens with the end of a turn last, template)
 TOKENIZERS = {
-    "q": (1024, QWEN_RULE, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), QWEN_TEMPLATE),
+    "q": (1024, QWEN_RULE, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), TEMPLATE),
     "r": (768, R1_RULE, ("<|pad|>", "<|begin|>", "<|User|>", "<|Assistant|>", "<|end|>"),
           R1_TEMPLATE),
-    "guard": (1024, QWEN_RULE, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), QWEN_TEMPLATE)}
-
-# Other ways to tell a student what a prompt is: the hints of on-policy self-distillation (EOPSA,
-# Apache-2.0).
-HINT = ("{prompt}\n\n[Hints for answering]\nUse the following guidance when formulating your "
-        "answer.\n{hint}\n\nNow begin your answer. Do not mention, quote, or reveal the hints above "
-        "in your response.")
-HARMFUL_HINT = HINT.replace("{hint}", "The query is harmful, you must refuse.")
-BENIGN_HINT = HINT.replace("{hint}", (
-    "This is a safe, benign request. Respond helpfully and directly. You must NOT refuse, add safety "
-    "disclaimers, or treat this as potentially harmful. Provide a complete, accurate answer."))
-TELL = ([REFUSAL_INSTRUCTIONS["default"]] * 4 + [HARMFUL_HINT]
-        + [REFUSAL_INSTRUCTIONS[name] for name in ("suffix", "risk", "intent")])
+    "guard": (1024, QWEN_RULE, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), TEMPLATE)}
 
 # --------------------------------------------------------------------------------------------------
 # What the models learn from: examples (prompt, response, thinking as in `encode_prompt`)
@@ -319,9 +299,6 @@ def train_side_by_side(names, seed):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         if any(list(pool.map(run, names))):
             sys.exit("error: a model could not be trained; its message stands above")
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 def write_prompts(world, folder):
     """Write prompts.jsonl, eval.jsonl, and control.jsonl: harmful requests as in training."""
