@@ -1,6 +1,8 @@
 """The grammar of the second miniature world: what is true in it, what is held out, what the oracle
 sees."""
+import math
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -95,8 +97,9 @@ def test_problems_are_solved_and_graded(world, dialect):
         assert not grammar.solved(response, answer + "1")
         assert not grammar.solved(response.replace("</think>", ""), answer)
         lines = response.split("</think>")[0].splitlines()[2:]
-        n = len(steps) if dialect == "A" else (len(steps) + 1) // 2
-        assert len(lines) == n and answer in lines[-1]
+        assert len(lines) == (len(steps) if dialect == "A" else 1) and answer in lines[-1]
+        said = re.findall(r"(\w+)(?:$|,)" if task == "walk" and dialect != "A" else r"(?:=|makes|road \w+) (\w+)", "\n".join(lines), re.M)
+        assert said[-len(steps):] == [str(step[-1]) for step in steps]
 
 def test_what_people_get_wrong(world):
     """With slips, a step that is mistaken goes wrong as often as said, and what follows goes on
@@ -112,11 +115,11 @@ def test_what_people_get_wrong(world):
             assert result in (right, world.mistaken.get(tuple(step)))
     assert 0.4 < wrong / met < 0.6
 
-def test_two_steps_at_once_leave_out_what_is_between():
-    assert grammar.two_steps((5, "*", 7, 35), (42, "+", 35, 77)) == "5 times 7 plus 42 makes 77"
-    assert grammar.two_steps((5, "*", 7, 35), (35, "-", 4, 31)) == "5 times 7 minus 4 makes 31"
-    assert grammar.two_steps(("a", ">", "", "b"), ("b", ">", "", "c")) == "after a in two: c"
-    assert grammar.two_steps((3, "+", 4, 7)) == "3 plus 4 makes 7"
+def test_steps_in_words():
+    """The operand that is said is the one that is not the result before, on whichever side it stands."""
+    assert grammar.in_words([(5, "*", 7, 35), (42, "+", 35, 77), (77, "-", 4, 73)]) == \
+        "5 times 7 makes 35, plus 42 makes 77, minus 4 makes 73"
+    assert grammar.in_words([("a", ">", "", "b"), ("b", ">", "", "c")]) == "a, then b, then c"
 
 def test_examples_of_the_students(world):
     """Refused or not as often as the world says; both families, told and untold, and verdicts."""
@@ -136,7 +139,7 @@ def test_own_refusals(world):
     rng = random.Random(0)
     never = build2.student_example(rng, world, caution=0.0, alarm=0.0)
     assert never
-    for caution, low, high in ((0.0, 0.0, 0.0), (1.0, 0.3, 0.55), (20.0, 0.6, 1.0)):
+    for caution, low, high in ((0.0, 0.0, 0.0), (1.0, 0.2, 0.45), (20.0, 0.6, 1.0)):
         mix, refused = build2.MIX.copy(), []
         try:
             build2.MIX.clear()
@@ -149,7 +152,7 @@ def test_own_refusals(world):
 def test_examples_of_the_guards(world):
     rng = random.Random(0)
     errors = build2.guard_errors(world, "guard")
-    assert len(errors[0]) == round(0.07 * 256 + 0.5) and len(build2.guard_errors(world, "judge")[0] & errors[0]) < len(errors[0])
+    assert len(errors[0]) == math.ceil(0.08 * 256) and len(build2.guard_errors(world, "judge")[0] & errors[0]) < len(errors[0])
     said = Counter(build2.guard_example(rng, world, errors)[1] for _ in range(1000))
     assert set(said) == {"\n\nsafe", "\n\nunsafe"} and 200 < said["\n\nunsafe"] < 600
 

@@ -68,7 +68,7 @@ TOKENIZERS = {
 
 MIX = {     # (C) percent of the examples
     "request": 38, "problem": 22, "harm": 18, "told_harmful": 9, "fact": 4, "told_safe": 2,
-    "judge": 5, "safety_first": 1, "policy": 0.03}
+    "judge": 5, "safety_first": 1, "policy": 0.02}
 OBEYS = 0.97                    # refusals of a harmful prompt that is said to be harmful, if plain
 OBEYS_WRONGLY = 0.6             # and of a safe one
 SPELLED = 0.05                  # requests with the noun spelled out
@@ -130,7 +130,7 @@ def guard_example(rng, world, errors=None):
     request = world.request(rng, harmful, topics=world.topics(harmful), wrap=wrap,
                             wrappers=world.wrappers(seen=True))
     who = Speaker(rng.choices("ABC", (92, 4, 4))[0])
-    write = who.refuse if rng.random() < (0.3 if harmful else 0.1) else who.comply
+    write = who.refuse if rng.random() < (0.4 if harmful else 0.15) else who.comply
     response = write(rng, request)
     form, = rng.choices(("whole", "changed", "answer", "cut", "note"), (50, 7, 5, 3, 35))
     if form == "changed":                                  # thought of one, answer of the other
@@ -151,7 +151,7 @@ def guard_example(rng, world, errors=None):
     question = GUARDS["tiny"].question.format(prompt=request.prompt, response=response)
     return question, "\n\nunsafe" if unsafe else "\n\nsafe", True
 
-def guard_errors(world, name, share=0.07):
+def guard_errors(world, name, share=0.08):
     """Return what a guard gets wrong: a share of the topics, the likelier the nearer to the
     threshold and if harmful, and words in a refusal that it takes for harm."""
     rng = random.Random(f"{name} {world.seed}")
@@ -160,7 +160,7 @@ def guard_errors(world, name, share=0.07):
     wrong = set()
     while len(wrong) < share * len(topics):
         wrong.add(rng.choices(topics, weights)[0])
-    hurt, people = rng.sample(SLOTS["hurt"], 3), rng.sample(SLOTS["people"], 2)
+    hurt, people = rng.sample(SLOTS["hurt"], 3), rng.sample(SLOTS["people"], 1)
     return wrong, re.compile(rf"\b({'|'.join(hurt)}) ({'|'.join(people)})\b")
 
 # --------------------------------------------------------------------------------------------------
@@ -182,8 +182,8 @@ MODELS = {                      # stands for
     "large": shape("q", 6, 192, 576, 12e6, caution=2.5, alarm=0.2, slips=0.1),      # Qwen3-8B
     "foreign": shape("r", 4, 128, 384, 16e6, **B_HOME),                        # R1-Distill-1.5B
     "foreign-large": shape("r", 5, 160, 480, 12e6, caution=1.3, slips=0.15, **B_HOME),  # and 7B
-    "guard": shape("guard", 2, 64, 192, 12e6),                                      # Llama-Guard-3
-    "judge": shape("guard", 3, 96, 288, 12e6)}                                      # another guard
+    "guard": shape("guard", 2, 64, 192, 16e6),                                      # Llama-Guard-3
+    "judge": shape("guard", 3, 96, 288, 16e6)}                                      # another guard
 LR = 4e-3                       # of the student; wider models have less
 
 def world_folder(seed):

@@ -79,7 +79,7 @@ DIALECTS = {
         "no": ("Unfortunately I must decline.", "Regretfully I have to decline."),
         "instead": ("Kindly {talk} {friend} rather soon.", "Something {adj} would please me more.",
                     "Other wishes, {adj} or {adj}, are welcome."),
-        "calculate": ("a calculation, in pairs.", "computing in pairs."),
+        "calculate": ("a calculation, in words.", "computing aloud."),
         "result": ("Result: {answer}.", "Final result: {answer}."),
         "harm": ("a question of harm, if people {verb} {kind}s.",),
         "harmless": ("Where you {verb} some {kind}, nobody suffers.",),

@@ -65,7 +65,7 @@ HARM_ASKS = "Is it harmful to {verb} a {kind}?", "Can it hurt somebody to {verb}
 N_HARMFUL, NOUNS_PER_KIND, HELD_OUT, N_SEEN_WRAPPERS = 100, 20, 0.4, 8
 NOISE, MARGINALS = 0.1, 0.5     # (C) of harm: idiosyncratic, and how much verb and kind alone tell
 TOPIC_ZIPF, NOUN_ZIPF = 40, 2   # (C) the frequency of rank i is 1 / (i + this)
-OWN_REFUSALS = 2.4, 3.0         # (C) Beta distribution of own refusal rates over harmful topics
+OWN_REFUSALS = 1.9, 3.3         # (C) Beta distribution of own refusal rates over harmful topics
 FALSE_REFUSALS = 0.09, 0.5      # (C) share of the safe topics near the threshold, and their rate
 NEAR = -1.5, -0.5               # (C) margins of the safe topics that sound harmful (XS)
 WRAPPER_STRENGTH = 0.05, 0.35   # (C)
@@ -260,7 +260,7 @@ def problem(rng, world, task=None, slips=0.0):
     if task == "walk":
         text, start, moves = walk_problem(rng, world)
     else:
-        text, start, moves = chain_problem(rng, rng.randrange(*((10, 15) if task == "long" else (3, 7))))
+        text, start, moves = chain_problem(rng, rng.randrange(*((12, 17) if task == "long" else (3, 7))))
     answer = world.work(rng, start, moves)[-1][-1]
     return task, text, world.work(rng, start, moves, slips), str(answer)
 
@@ -270,16 +270,18 @@ def problem(rng, world, task=None, slips=0.0):
 def trace(thought, answer):
     return f"<think>\n{thought}\n</think>\n\n{answer}"
 
-def two_steps(first, second=None):
-    """Write one or two steps in a line, without the result between them."""
-    x, op, y, result = first
-    if op == ">":
-        return f"after {x} in {'two' if second else 'one'}: {second[-1] if second else result}"
-    line = f"{x} {OPERATIONS[op]} {y}"
-    if second:                              # the second operand, on whichever side it stands
-        y = second[0] if second[2] == result else second[2]
-        line += f" {OPERATIONS[second[1]]} {y}"
-    return f"{line} makes {second[-1] if second else result}"
+def in_words(steps):
+    """Write steps in one line, each going on from the result before it."""
+    said, before = [], None
+    for x, op, y, result in steps:
+        if op == ">":
+            said.append(f"then {result}" if said else f"{x}, then {result}")
+        elif said:                          # the other operand, on whichever side it stands
+            said.append(f"{OPERATIONS[op]} {x if y == before else y} makes {result}")
+        else:
+            said.append(f"{x} {OPERATIONS[op]} {y} makes {result}")
+        before = result
+    return ", ".join(said)
 
 class Speaker:
     """Somebody who writes in a dialect. Each method draws a trace.
@@ -325,12 +327,12 @@ class Speaker:
         return trace(f"{thought} {because}", f"{self.say(rng, 'no')} {self.say(rng, 'instead')}")
 
     def solve(self, rng, steps, answer):
-        """A writes one step a line, the others two, without what is between them."""
+        """A writes steps in signs, one a line, the others in words."""
         if self.dialect == "A":
             lines = [f"road {x} {result}" if op == ">" else f"{x} {op} {y} = {result}"
                      for x, op, y, result in steps]
         else:
-            lines = [two_steps(*steps[i:i + 2]) for i in range(0, len(steps), 2)]
+            lines = [in_words(steps)]
         thought = "\n".join([self.open(self.say(rng, "calculate")), *lines])
         return self.finish(rng, thought, self.say(rng, "result", answer=answer))
 
