@@ -69,7 +69,7 @@ TOKENIZERS = {
 MIX = {     # (C) percent of the examples
     "request": 38, "problem": 22, "harm": 18, "told_harmful": 9, "fact": 4, "told_safe": 2,
     "judge": 5, "safety_first": 1, "policy": 0.02}
-OBEYS = 0.97                    # refusals of a harmful prompt that is said to be harmful, if plain
+OBEYS = 0.96                    # refusals of a harmful prompt that is said to be harmful, if plain
 OBEYS_WRONGLY = 0.6             # and of a safe one
 SPELLED = 0.05                  # requests with the noun spelled out
 
@@ -156,11 +156,11 @@ def guard_errors(world, name, share=0.08):
     threshold and if harmful, and words in a refusal that it takes for harm."""
     rng = random.Random(f"{name} {world.seed}")
     topics = list(world.margin)
-    weights = [math.exp(-4 * abs(world.margin[t])) * (1 + world.harmful(t)) for t in topics]
+    weights = [math.exp(-4 * abs(world.margin[t])) * (1 + 2 * world.harmful(t)) for t in topics]
     wrong = set()
     while len(wrong) < share * len(topics):
         wrong.add(rng.choices(topics, weights)[0])
-    hurt, people = rng.sample(SLOTS["hurt"], 3), rng.sample(SLOTS["people"], 1)
+    hurt, people = rng.sample(SLOTS["hurt"], 2), rng.sample(SLOTS["people"], 1)
     return wrong, re.compile(rf"\b({'|'.join(hurt)}) ({'|'.join(people)})\b")
 
 # --------------------------------------------------------------------------------------------------
@@ -179,9 +179,9 @@ B_HOME = {"home": "B", "foreign": "A", "exposure": (0.03, 0.03), "alarm": 0.1}
 MODELS = {                      # stands for
     "student": shape("q", 4, 128, 384, 16e6),                                       # Qwen3-0.6B
     "middle": shape("q", 5, 160, 480, 12e6, caution=1.6, alarm=0.4, slips=0.3),     # Qwen3-1.7B
-    "large": shape("q", 6, 192, 576, 12e6, caution=2.5, alarm=0.2, slips=0.1),      # Qwen3-8B
-    "foreign": shape("r", 4, 128, 384, 16e6, **B_HOME),                        # R1-Distill-1.5B
-    "foreign-large": shape("r", 5, 160, 480, 12e6, caution=1.3, slips=0.15, **B_HOME),  # and 7B
+    "large": shape("q", 6, 192, 576, 10e6, caution=2.5, alarm=0.2, slips=0.1),      # Qwen3-8B
+    "foreign": shape("r", 4, 128, 384, 16e6, caution=1.5, **B_HOME),          # R1-Distill-1.5B
+    "foreign-large": shape("r", 5, 160, 480, 12e6, caution=2.0, slips=0.15, **B_HOME),  # and 7B
     "guard": shape("guard", 2, 64, 192, 16e6),                                      # Llama-Guard-3
     "judge": shape("guard", 3, 96, 288, 16e6)}                                      # another guard
 LR = 4e-3                       # of the student; wider models have less
