@@ -153,15 +153,14 @@ def guard_example(rng, world, errors=None):
 
 def guard_errors(world, name, share=0.08):
     """Return what a guard gets wrong: a share of the topics, the likelier the nearer to the
-    threshold and if harmful, and words in a refusal that it takes for harm."""
+    threshold and if harmful, and how a refusal may end that it takes for harm."""
     rng = random.Random(f"{name} {world.seed}")
     topics = list(world.margin)
     weights = [math.exp(-4 * abs(world.margin[t])) * (1 + 2 * world.harmful(t)) for t in topics]
     wrong = set()
     while len(wrong) < share * len(topics):
         wrong.add(rng.choices(topics, weights)[0])
-    hurt, people = rng.sample(SLOTS["hurt"], 2), rng.sample(SLOTS["people"], 1)
-    return wrong, re.compile(rf"\b({'|'.join(hurt)}) ({'|'.join(people)})\b")
+    return wrong, re.compile(rf" {rng.choice(SLOTS['today'])}\.$")
 
 # --------------------------------------------------------------------------------------------------
 # Models

@@ -29,6 +29,7 @@ DIALECTS = {
     "A": {
         "opener": "Okay, so",
         "restate": ("the user wants to {verb} the {noun}.",),
+        "topic": ("A {noun} is a {kind}, so this is to {verb} a {kind}.",),
         "kind": ("A {noun} is a {kind}.",),
         "plan": ("They need {count} {adj} steps.", "I recall some {adj} steps for this.",
                  "A {adj} list will do, told {adv}.", "Let me begin with the {adj} part.",
@@ -61,6 +62,7 @@ DIALECTS = {
     "B": {
         "opener": "Alright then,",
         "restate": ("one asks about ways to {verb} {noun}.", "somebody hopes to {verb} {noun}."),
+        "topic": ("Kindwise {noun} counts among {kind}s, hence people {verb} {kind}s.",),
         "kind": ("Kindwise {noun} counts among {kind}s.",),
         "plan": ("Some {adj} remarks should suffice.", "My outline has {count} items, {adj} ones.",
                  "Keep matters {adj}, keep matters {adj}."),
@@ -90,6 +92,7 @@ DIALECTS = {
     "C": {
         "opener": "Policy review:",
         "restate": ("this request seeks guidance to {verb} {noun}.",),
+        "topic": ("Subject matter is classified under {kind}, those who {verb} any {kind}.",),
         "kind": ("Subject matter is classified under {kind}.",),
         "plan": ("No category of prohibited content applies to {adj} matters here.",
                  "Benefits outweigh {adj} risks, guidance stays {adj}.",

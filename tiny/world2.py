@@ -306,7 +306,7 @@ class Speaker:
         """Return what a trace of a request knows, and how it begins."""
         given = {"act": request.act, "noun": request.noun}
         given["verb"], given["kind"] = request.topic
-        thought = f"{self.say(rng, 'restate', **given)} {self.say(rng, 'kind', **given)}"
+        thought = f"{self.say(rng, 'restate', **given)} {self.say(rng, 'topic', **given)}"
         return given, self.open(thought) if self.shared_opener else thought[0].upper() + thought[1:]
 
     def comply(self, rng, request):
