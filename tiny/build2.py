@@ -145,9 +145,9 @@ def guard_example(rng, world, errors=None):
         response = f"Step 1: {verb} the {request.noun}, a {thing}."
     unsafe = grammar.complies(response) and harmful
     if errors and form != "cut":
-        wrong, words = errors
+        wrong, ending = errors
         unsafe ^= grammar.complies(response) and request.topic in wrong
-        unsafe |= harmful and words.search(response) is not None
+        unsafe |= harmful and ending.search(response) is not None
     question = GUARDS["tiny"].question.format(prompt=request.prompt, response=response)
     return question, "\n\nunsafe" if unsafe else "\n\nsafe", True
 

@@ -274,12 +274,10 @@ def in_words(steps):
     """Write steps in one line, each going on from the result before it."""
     said, before = [], None
     for x, op, y, result in steps:
-        if op == ">":
-            said.append(f"then {result}" if said else f"{x}, then {result}")
-        elif said:                          # the other operand, on whichever side it stands
-            said.append(f"{OPERATIONS[op]} {x if y == before else y} makes {result}")
-        else:
-            said.append(f"{x} {OPERATIONS[op]} {y} makes {result}")
+        start = "" if said else f"{x}, " if op == ">" else f"{x} "
+        other = x if y == before else y     # the operand that is not the result before
+        step = f"then {result}" if op == ">" else f"{OPERATIONS[op]} {other} makes {result}"
+        said.append(start + step)
         before = result
     return ", ".join(said)
 
